@@ -62,6 +62,7 @@ struct TW_API Problem {
   std::string to_string() const;
   Status validate() const;
   float scale() const;  // softmax_scale or its default
+  bool operator==(const Problem&) const = default;
 };
 
 // A processor, as a value.

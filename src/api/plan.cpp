@@ -1,0 +1,143 @@
+// describe -> plan -> run. A plan is a problem, a device and the row of the kernel table that was chosen for them; running it
+// is one check of the arguments and one launch.
+#include "api/arguments.h"
+#include "registry/kernel.h"
+#include "tilewise/memory.hpp"
+
+namespace tilewise {
+
+struct Plan::State {
+  Problem problem;
+  Device device;
+  const Kernel* kernel = nullptr;
+  size_t workspace_bytes = 0;
+};
+
+Result<Plan> Plan::make(const Problem& problem, const Device& device) {
+  if (Status status = problem.validate(); !status.ok()) return status;
+  Result<const Kernel*> kernel = select_kernel(problem, device);
+  if (!kernel) return kernel.status();
+  Plan plan;
+  plan.state_ = std::make_shared<const State>(State{problem, device, *kernel, (*kernel)->workspace_bytes(problem, device)});
+  return plan;
+}
+
+Status Plan::run(const Arguments& arguments, Stream stream) const {
+  if (!state_) return invalid_argument("this plan is empty: Plan::make() makes one");
+  if (stream && state_->device.type == DeviceType::kCpu) return invalid_argument("stream is given, but the plan's device is a CPU");
+  if (Status status = check_arguments(state_->problem, state_->workspace_bytes, arguments); !status.ok()) return status;
+  return state_->kernel->launch(state_->problem, state_->device, arguments, stream);
+}
+
+size_t Plan::workspace_bytes() const { return state_ ? state_->workspace_bytes : 0; }
+std::string_view Plan::kernel() const { return state_ ? state_->kernel->name : std::string_view(); }
+
+const Problem& Plan::problem() const {
+  static const Problem kNone;
+  return state_ ? state_->problem : kNone;
+}
+
+const Device& Plan::device() const {
+  static const Device kNone;
+  return state_ ? state_->device : kNone;
+}
+
+std::vector<Candidate> Plan::candidates(const Problem& problem, const Device& device) {
+  const Status status = problem.validate();
+  if (status.ok()) return list_candidates(problem, device);
+  std::vector<Candidate> candidates;
+  for (const Kernel& kernel : backend_of(device.type).kernels()) {
+    if (kernel.pass == problem.pass) candidates.push_back({std::string(kernel.name), status.message()});
+  }
+  return candidates;
+}
+
+namespace {
+
+// The problem that tensors and options describe. Only what is read here is checked here: plan.run() checks the rest.
+Result<Problem> problem_of(Pass pass, const TensorView& q, const TensorView& k, const TensorView& v, const Options& options) {
+  Problem p;
+  p.packed = static_cast<bool>(options.cu_seqlens_q) || static_cast<bool>(options.cu_seqlens_k);
+  const int rank = p.packed ? 3 : 4;
+  struct Named {
+    const char* name;
+    const TensorView& view;
+  };
+  for (const Named& tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}}) {
+    if (tensor.view.rank != rank) {
+      return invalid_argument(std::string(tensor.name) + " has " + std::to_string(tensor.view.rank) + " dimensions, but " +
+                              (p.packed ? "packed tensors (cu_seqlens is given) have 3" : "tensors have 4 where no cu_seqlens is given"));
+    }
+  }
+  if (options.causal && options.window_right > 0) {
+    return invalid_argument("window_right " + std::to_string(options.window_right) + " contradicts causal, which is window_right 0");
+  }
+  p.pass = pass;
+  p.dtype = q.dtype;
+  if (p.packed) {
+    if (options.cu_seqlens_q.rank != 1) {
+      return invalid_argument("cu_seqlens_q has " + std::to_string(options.cu_seqlens_q.rank) + " dimensions, but it has shape [batch + 1]");
+    }
+    p.batch = options.cu_seqlens_q.shape[0] - 1;
+    p.total_q = q.shape[0];
+    p.total_k = k.shape[0];
+    p.seqlen_q = options.max_seqlen_q ? options.max_seqlen_q : p.total_q;
+    p.seqlen_k = options.max_seqlen_k ? options.max_seqlen_k : p.total_k;
+  } else {
+    p.batch = q.shape[0];
+    p.seqlen_q = q.shape[1];
+    p.seqlen_k = k.shape[1];
+  }
+  const auto last = static_cast<size_t>(rank) - 1;
+  p.num_heads_q = q.shape[last - 1];
+  p.num_heads_kv = k.shape[last - 1];
+  p.head_dim = q.shape[last];
+  p.head_dim_v = v.shape[last];
+  p.softmax_scale = options.softmax_scale;
+  p.softcap = options.softcap;
+  p.window_left = options.window_left;
+  p.window_right = options.causal ? 0 : options.window_right;
+  p.alignment = options.alignment;
+  p.seqused_k = static_cast<bool>(options.seqused_k);
+  p.alibi = static_cast<bool>(options.alibi_slopes);
+  p.sink = static_cast<bool>(options.sink);
+  p.deterministic = options.deterministic;
+  return p;
+}
+
+Status plan_and_run(Pass pass, Arguments arguments, const Options& options) {
+  const Result<Problem> problem = problem_of(pass, arguments.q, arguments.k, arguments.v, options);
+  if (!problem) return problem.status();
+  const Result<Plan> plan = Plan::make(*problem, options.device);
+  if (!plan) return plan.status();
+  const Result<Buffer> workspace = Buffer::make(options.device, plan->workspace_bytes());
+  if (!workspace) return workspace.status();
+  arguments.cu_seqlens_q = options.cu_seqlens_q;
+  arguments.cu_seqlens_k = options.cu_seqlens_k;
+  arguments.seqused_k = options.seqused_k;
+  arguments.alibi_slopes = options.alibi_slopes;
+  arguments.sink = options.sink;
+  arguments.dlse = options.dlse;
+  arguments.dsink = options.dsink;
+  arguments.workspace = workspace->data();
+  if (Status status = plan->run(arguments); !status.ok()) return status;
+  return synchronize(options.device);
+}
+
+}  // namespace
+
+Status forward(TensorView q, TensorView k, TensorView v, TensorView o, TensorView lse, const Options& options) {
+  Arguments arguments;
+  arguments.q = q, arguments.k = k, arguments.v = v, arguments.o = o, arguments.lse = lse;
+  return plan_and_run(Pass::kForward, arguments, options);
+}
+
+Status backward(TensorView do_, TensorView q, TensorView k, TensorView v, TensorView o, TensorView lse, TensorView dq, TensorView dk,
+                TensorView dv, const Options& options) {
+  Arguments arguments;
+  arguments.q = q, arguments.k = k, arguments.v = v, arguments.o = o, arguments.lse = lse;
+  arguments.do_ = do_, arguments.dq = dq, arguments.dk = dk, arguments.dv = dv;
+  return plan_and_run(Pass::kBackward, arguments, options);
+}
+
+}  // namespace tilewise

@@ -1,0 +1,64 @@
+// Chooses a kernel: the first row of the device's backend, in the table's order, that has no objection. Every row that was
+// passed over can say why.
+#include <algorithm>
+#include <cstdlib>
+
+#include "registry/kernel.h"
+
+namespace tilewise {
+namespace {
+
+std::string_view pass_name(Pass pass) { return pass == Pass::kForward ? "forward" : "backward"; }
+
+// TILEWISE_KERNEL: names of rows with commas between, the only ones that may be taken. Empty: all may.
+std::string_view allowed_kernels() {
+  const char* names = std::getenv("TILEWISE_KERNEL");
+  return names ? names : "";
+}
+
+bool is_allowed(std::string_view name, std::string_view allowed) {
+  if (allowed.empty()) return true;
+  for (size_t at = 0; at <= allowed.size();) {
+    const size_t comma = std::min(allowed.find(',', at), allowed.size());
+    if (allowed.substr(at, comma - at) == name) return true;
+    at = comma + 1;
+  }
+  return false;
+}
+
+std::string refusal_of(const Kernel& kernel, const Problem& problem, const Device& device, std::string_view allowed) {
+  if (!is_allowed(kernel.name, allowed)) return "TILEWISE_KERNEL allows " + std::string(allowed) + " only";
+  return kernel.refusal(problem, device);
+}
+
+}  // namespace
+
+const Backend& backend_of(DeviceType type) { return type == DeviceType::kCuda ? cuda_backend() : cpu_backend(); }
+
+Result<const Kernel*> select_kernel(const Problem& problem, const Device& device) {
+  const std::string_view allowed = allowed_kernels();
+  std::string refusals;
+  for (const Kernel& kernel : backend_of(device.type).kernels()) {
+    if (kernel.pass != problem.pass) continue;
+    const std::string refusal = refusal_of(kernel, problem, device, allowed);
+    if (refusal.empty()) return &kernel;
+    refusals.append(refusals.empty() ? "" : "; ").append(kernel.name).append(": ").append(refusal);
+  }
+  if (refusals.empty()) {
+    return unsupported("this build has no " + std::string(pass_name(problem.pass)) + " kernel for device " + device.name + " (" +
+                       device.arch + ")");
+  }
+  return unsupported("no kernel takes '" + problem.to_string() + "' on " + device.name + " (" + device.arch + "): " + refusals);
+}
+
+std::vector<Candidate> list_candidates(const Problem& problem, const Device& device) {
+  const std::string_view allowed = allowed_kernels();
+  std::vector<Candidate> candidates;
+  for (const Kernel& kernel : backend_of(device.type).kernels()) {
+    if (kernel.pass != problem.pass) continue;
+    candidates.push_back({std::string(kernel.name), refusal_of(kernel, problem, device, allowed)});
+  }
+  return candidates;
+}
+
+}  // namespace tilewise
