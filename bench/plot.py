@@ -1,0 +1,186 @@
+"""The demo's pictures, by Matplotlib, each as the text of an SVG that needs no file and no font beside it.
+
+`rows` are what bench/demo.py measures: {"pass": "fwd", "seqlen": 1024, "flash": {...}, "standard": {...} or {"needs_bytes": ...}} with
+seconds, extra_bytes, moved_bytes and flops of each algorithm.
+"""
+
+import io
+import math
+import re
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+FLASH, STANDARD, INK, FAINT = "#0072b2", "#d55e00", "#1f2430", "#c9ced6"
+PASSES = {"fwd": "forward", "bwd": "backward"}
+plt.rcParams |= {
+    "font.size": 10.5,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+    "svg.hashsalt": "tilewise",
+    "figure.constrained_layout.use": True,
+}
+
+
+def _short(value):
+    """Three digits at most, no zeros at the end of a whole number."""
+    return f"{value:.0f}" if value >= 99.5 or value == round(value) else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def si(value, unit):
+    """3.2e9, "B" -> "3.20 GB"."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 999.5 or prefix == "T":
+            break
+        value /= 1000
+    return f"{_short(value)} {prefix}{unit}"
+
+
+def duration(seconds):
+    """0.0021 -> "2.10 ms"."""
+    scale, unit = next((pair for pair in ((1, "s"), (1e-3, "ms")) if seconds >= pair[0] * 0.9995), (1e-6, "µs"))
+    return f"{_short(round(seconds / scale, 9))} {unit}"
+
+
+def length(seqlen):
+    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
+
+
+def svg(figure):
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = out.getvalue()
+    return re.sub(r' (width|height)="[0-9.]+pt"', "", text[text.index("<svg") :], count=2)  # the page scales it
+
+
+def series(axes, rows, direction, field, label_ends):
+    for name, color in (("standard", STANDARD), ("flash", FLASH)):
+        points = [(row["seqlen"], row[name][field]) for row in rows if row["pass"] == direction and field in row[name]]
+        if not points:
+            continue
+        x, y = zip(*points)
+        axes.plot(x, y, "o-", color=color, label=name, zorder=3)
+        if label_ends:
+            axes.annotate(label_ends(y[-1]), (x[-1], y[-1]), xytext=(0, 7), textcoords="offset points", ha="center", color=color, zorder=4)
+
+
+def over_seqlen(rows, field, title, form):
+    """One field over sequence length, forward and backward side by side, both axes logarithmic."""
+    passes = [name for name in PASSES if any(row["pass"] == name for row in rows)]
+    figure, panels = plt.subplots(1, len(passes), figsize=(8.6, 3.5), sharey=True, squeeze=False)
+    lengths = sorted({row["seqlen"] for row in rows})
+    values = [row[name][field] for row in rows for name in ("flash", "standard") if field in row[name]]
+    for axes, direction in zip(panels[0], passes):
+        axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", title=f"{title}, {PASSES[direction]}")
+        axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.45)
+        axes.set_ylim(min(values) / 2, max(values) * 4)
+        axes.xaxis.set_major_locator(FixedLocator(lengths))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(int(x))))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: form(y)))
+        axes.grid(axis="y", color="#eceef1", zorder=0)
+        axes.tick_params(which="both", length=0)
+        axes.yaxis.set_minor_locator(NullLocator())
+        series(axes, rows, direction, field, form)
+    panels[0][0].legend(frameon=False, loc="upper left", labelcolor="linecolor", handlelength=1.2)
+    return svg(figure)
+
+
+def roofline(rows, rates, machine):
+    """FLOP/s over FLOP per byte: the machine's two limits, and where both algorithms stand under them."""
+    peak, bandwidth = rates["flops_per_second"], rates["bytes_per_second"]
+    figure, axes = plt.subplots(figsize=(8.6, 4.2))
+    points = []
+    for row in rows:
+        for name, color in (("standard", STANDARD), ("flash", FLASH)):
+            cell = row[name]
+            if "seconds" in cell:
+                points.append((cell["flops"] / cell["moved_bytes"], cell["flops"] / cell["seconds"], color, row["pass"], row["seqlen"]))
+    ridge = peak / bandwidth
+    left, right = min(ridge / 4, *(p[0] / 2 for p in points)), max(ridge * 8, *(p[0] * 2.5 for p in points))
+    low = min(p[1] for p in points) / 2.5
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, peak * 2.2))
+    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=INK, zorder=2)
+    axes.annotate(f"arithmetic: {si(peak, 'FLOP/s')}", (right, peak), xytext=(-4, 5), textcoords="offset points", ha="right")
+    start = max(left, low / bandwidth)
+    middle = math.sqrt(start * ridge)
+    angle = axes.transData.transform([(start, start * bandwidth), (ridge, peak)])
+    slope = math.degrees(math.atan2(angle[1][1] - angle[0][1], angle[1][0] - angle[0][0]))
+    axes.annotate(
+        f"reading memory: {si(bandwidth, 'B/s')}", (middle, middle * bandwidth), xytext=(-6, 8), textcoords="offset points",
+        ha="center", va="center", rotation=slope, rotation_mode="anchor",
+    )
+    for x, y, color, direction, _ in points:
+        axes.plot(x, y, "o" if direction == "fwd" else "s", color=color, markersize=7, markeredgecolor="white", zorder=3)
+    for color in (FLASH, STANDARD):
+        same = [p for p in points if p[2] == color and p[3] == "fwd"]
+        for p in (min(same, key=lambda p: p[4]), max(same, key=lambda p: p[4])):
+            axes.annotate(length(p[4]), (p[0], p[1]), xytext=(0, -15), textcoords="offset points", ha="center", color=color, fontsize=9)
+    axes.set(xlabel="useful FLOP per byte moved between warehouse and desk", ylabel="useful FLOP/s", title=f"Roofline of {machine}")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: si(y, "")))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.grid(color="#eceef1", zorder=0)
+    axes.tick_params(which="both", length=0)
+    axes.yaxis.set_minor_locator(NullLocator())
+    marks = [
+        axes.plot([], [], mark, color=color, label=label)[0]
+        for mark, color, label in (
+            ("o", FLASH, "flash, forward"), ("s", FLASH, "flash, backward"),
+            ("o", STANDARD, "standard, forward"), ("s", STANDARD, "standard, backward"),
+        )
+    ]
+    axes.legend(handles=marks, frameon=False, loc="lower right", ncol=2)
+    return svg(figure)
+
+
+def tile_kind(first_row, end_row, first_key, end_key, offset):
+    """What a causal mask leaves of a tile."""
+    if first_key > end_row - 1 + offset:
+        return "skipped"
+    return "full" if end_key - 1 <= first_row + offset else "masked"
+
+
+def tile_plan(seqlen_q, seqlen_k, block_m, block_n, desk_row):
+    """The score matrix of one head under a causal mask, cut into tiles, and the tiles of one work item on the desk.
+
+    Returns the picture and how many tiles of each kind were drawn."""
+    colors = {"full": "#9cc6e3", "masked": "#4d9bcc", "skipped": "#f1f2f4"}
+    counts = dict.fromkeys(colors, 0)
+    m_blocks, n_blocks = math.ceil(seqlen_q / block_m), math.ceil(seqlen_k / block_n)
+    figure, axes = plt.subplots(figsize=(8.6, 5.0))
+    for m in range(m_blocks):
+        for n in range(n_blocks):
+            rows, keys = (m * block_m, min((m + 1) * block_m, seqlen_q)), (n * block_n, min((n + 1) * block_n, seqlen_k))
+            kind = tile_kind(*rows, *keys, seqlen_k - seqlen_q)
+            counts[kind] += 1
+            axes.add_patch(Rectangle((keys[0], rows[0]), keys[1] - keys[0], rows[1] - rows[0], facecolor=colors[kind], edgecolor="white"))
+    row = min(desk_row, m_blocks - 1)
+    top, bottom = row * block_m, min((row + 1) * block_m, seqlen_q)
+    touched = min(math.ceil((bottom + seqlen_k - seqlen_q) / block_n) * block_n, seqlen_k)
+    axes.add_patch(Rectangle((0, top), touched, bottom - top, fill=False, edgecolor=STANDARD, linewidth=2))
+    axes.text(seqlen_k * 1.02, (top + bottom) / 2, "one work item:\nits queries stay on the desk,\nkeys and values pass by,\ntile after tile",
+              color=STANDARD, va="center")
+    axes.plot([seqlen_k - seqlen_q, seqlen_k], [0, seqlen_q], color=INK, linewidth=1, linestyle=":")
+    axes.set(xlim=(0, seqlen_k), ylim=(seqlen_q, 0), aspect="equal", xlabel=f"keys, {block_n} to a tile", ylabel=f"queries, {block_m} to a block")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+    names = {"full": "no mask needed", "masked": "mask applied", "skipped": "never touched"}
+    handles = [Patch(facecolor=colors[kind], edgecolor=FAINT, label=f"{names[kind]}: {counts[kind]}") for kind in colors]
+    axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return svg(figure), counts
