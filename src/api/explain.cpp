@@ -1,14 +1,178 @@
-// What a plan will do, counted from the mask.
+// What a plan will do, counted from the mask: one walk over the blocks of rows of each distinct sequence, and core/mask.h
+// says which blocks of keys each of them touches. Counts are double: exact up to 2^53, and never an overflow.
 #include "tilewise/explain.hpp"
 
+#include <algorithm>
+
+#include "core/mask.h"
+#include "core/sequence.h"
 #include "registry/kernel.h"
 
 namespace tilewise {
+namespace {
 
-Result<Explanation> explain(const Problem& problem, const Device& device, const Lengths&) {
+// One head group (one key/value head with its query heads) of one sequence.
+struct GroupCounts {
+  double items = 0, full = 0, masked = 0, skipped = 0;
+  double pairs = 0;      // visible (query, key) pairs of one query head
+  double keys_read = 0;  // keys in the tiles that are touched, summed over blocks of rows
+  double rows_read = 0;  // rows in the tiles that are touched, summed over blocks of keys
+};
+
+// Sum over i in [0, n) of clamp(i + first, 0, limit).
+double clamped_sum(double first, double n, double limit) {
+  const double rise = std::clamp(-first, 0.0, n), top = std::clamp(limit - first, rise, n);  // 0 before rise, limit from top on
+  return (top - rise) * (first + (rise + top - 1) / 2) + (n - top) * limit;
+}
+
+GroupCounts count_group(const Band& band, int64_t group, const TilePlan& tiles) {
+  GroupCounts c;
+  const int64_t rows = band.seqlen_q * group;
+  const int block_n = static_cast<int>(std::min<int64_t>(tiles.block_n, kMaxSeqlen));
+  const double key_blocks = ceil_div(band.seqlen_k, block_n);
+  for (int64_t row = 0; row < rows; row += tiles.block_m) {
+    const int64_t row_end = std::min(row + tiles.block_m, rows);
+    const int m_begin = query_head_of_row(row, static_cast<int>(group)).query;
+    const int m_end = query_head_of_row(row_end - 1, static_cast<int>(group)).query + 1;
+    const BlockRange blocks = kv_blocks(band, m_begin, m_end, block_n);
+    const double touched = blocks.end - blocks.begin, full = blocks.full_end - blocks.full_begin;
+    c.items += 1;
+    c.full += full;
+    c.masked += touched - full;
+    c.skipped += key_blocks - touched;
+    const int64_t keys_end = std::min<int64_t>(static_cast<int64_t>(blocks.end) * block_n, band.seqlen_k);
+    c.keys_read += static_cast<double>(keys_end - static_cast<int64_t>(blocks.begin) * block_n);
+    c.rows_read += touched * static_cast<double>(row_end - row);
+  }
+  const double n = band.seqlen_q, limit = band.seqlen_k;
+  c.pairs = clamped_sum(raw_end_key(band, 0), n, limit) - clamped_sum(raw_first_key(band, 0), n, limit);
+  return c;
+}
+
+int64_t to_count(double value) { return static_cast<int64_t>(std::min(value, 9.0e18)); }
+
+double element_bytes(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
+
+// Adds up sequences.
+class Counter {
+ public:
+  Counter(const Problem& problem, Explanation& e) : p_(problem), e_(e) {}
+
+  void add(int64_t seqlen_q, int64_t seqlen_k, double times) {
+    if (seqlen_q != seqlen_q_ || seqlen_k != seqlen_k_) {
+      const Band band = make_band(static_cast<int>(seqlen_q), static_cast<int>(seqlen_k), p_.window_left, p_.window_right,
+                                  p_.alignment == Alignment::kTopLeft);
+      counts_ = count_group(band, p_.num_heads_q / p_.num_heads_kv, e_.tiles);
+      seqlen_q_ = seqlen_q;
+      seqlen_k_ = seqlen_k;
+    }
+    const double groups = times * static_cast<double>(p_.num_heads_kv), heads = times * static_cast<double>(p_.num_heads_q);
+    items_ += groups * counts_.items;
+    full_ += groups * counts_.full;
+    masked_ += groups * counts_.masked;
+    skipped_ += groups * counts_.skipped;
+    keys_read_ += groups * counts_.keys_read;
+    rows_read_ += groups * counts_.rows_read;
+    pairs_ += heads * counts_.pairs;
+    rows_ += heads * static_cast<double>(seqlen_q);
+    group_keys_ += groups * static_cast<double>(seqlen_k);
+    head_keys_ += heads * static_cast<double>(seqlen_k);
+    scores_ += heads * static_cast<double>(seqlen_q) * static_cast<double>(seqlen_k);
+  }
+
+  void finish() {
+    e_.work_items = to_count(items_);
+    e_.full_tiles = to_count(full_);
+    e_.masked_tiles = to_count(masked_);
+    e_.skipped_tiles = to_count(skipped_);
+    const double e = element_bytes(p_.dtype), d = static_cast<double>(p_.head_dim), dv = static_cast<double>(p_.head_dim_v);
+    const double q = e * rows_ * d, o = e * rows_ * dv, lse = 4 * rows_;
+    if (p_.pass == Pass::kForward) {
+      // Products S = QK' and O = PV.
+      e_.flops = 2 * pairs_ * (d + dv);
+      e_.flash_bytes = q + o + lse + e * keys_read_ * (d + dv);
+      // S is written and read, P is written and read; each query head's product reads its K and its V.
+      e_.standard_bytes = q + o + e * head_keys_ * (d + dv) + 4 * e * scores_;
+    } else {
+      // Products S = QK', dP = dO V', dV = P' dO, dQ = dS K and dK = dS' Q.
+      e_.flops = 2 * pairs_ * (3 * d + 2 * dv);
+      // Before: o and do are read for delta. Then each block of keys passes by once, with its dk and dv, and meets the rows
+      // that see it: q, do, lse and delta are read, dq is read and written in float32. At the end dq is rounded.
+      const double delta = 4 * rows_, dq_float = 4 * d * rows_;
+      e_.flash_bytes = 2 * o + lse + delta + 2 * e * group_keys_ * (d + dv) + rows_read_ * (e * (d + dv) + 8 + 8 * d) + dq_float + q;
+      // P of the forward pass is read for dV and for dS, dP written and read, dS written and read for dQ and for dK.
+      e_.standard_bytes = 2 * o + 2 * q + e * head_keys_ * (2 * d + 2 * dv) + 7 * e * scores_;
+    }
+    e_.intensity = e_.flash_bytes > 0 ? e_.flops / e_.flash_bytes : 0;
+    e_.flash_extra_bytes = e_.workspace_bytes + to_count(lse);
+  }
+
+ private:
+  const Problem& p_;
+  Explanation& e_;
+  int64_t seqlen_q_ = -1, seqlen_k_ = -1;  // of counts_
+  GroupCounts counts_;
+  double items_ = 0, full_ = 0, masked_ = 0, skipped_ = 0, keys_read_ = 0, rows_read_ = 0, pairs_ = 0;
+  double rows_ = 0;                       // (query, head)
+  double group_keys_ = 0, head_keys_ = 0;  // keys, once per key/value head and once per query head
+  double scores_ = 0;                     // elements of S, which a mask does not make smaller
+};
+
+Status check_lengths(const char* name, const std::vector<int32_t>& lengths, int64_t batch, int64_t bound) {
+  if (lengths.empty()) return {};
+  if (static_cast<int64_t>(lengths.size()) != batch) {
+    return invalid_argument("lengths." + std::string(name) + " has " + std::to_string(lengths.size()) + " entries, but batch is " +
+                            std::to_string(batch));
+  }
+  for (const int32_t length : lengths) {
+    if (length < 0 || length > bound) {
+      return invalid_argument("lengths." + std::string(name) + " has " + std::to_string(length) + ", which is not between 0 and " +
+                              std::to_string(bound));
+    }
+  }
+  return {};
+}
+
+void count_sequences(const Problem& p, const Lengths& lengths, Counter& counter) {
+  if (!p.packed && lengths.q.empty() && lengths.k.empty()) {
+    counter.add(p.seqlen_q, p.seqlen_k, static_cast<double>(p.batch));
+    return;
+  }
+  int64_t left_q = p.packed ? p.total_q : p.batch * p.seqlen_q, left_k = p.packed ? p.total_k : p.batch * p.seqlen_k;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const auto index = static_cast<size_t>(b);
+    const int64_t q = lengths.q.empty() ? std::min(p.seqlen_q, left_q) : lengths.q[index];
+    const int64_t k = lengths.k.empty() ? std::min(p.seqlen_k, left_k) : lengths.k[index];
+    left_q -= q;
+    left_k -= k;
+    counter.add(q, k, 1);
+  }
+}
+
+}  // namespace
+
+Result<Explanation> explain(const Problem& problem, const Device& device, const Lengths& lengths) {
   if (Status status = problem.validate(); !status.ok()) return status;
+  if (Status status = check_lengths("q", lengths.q, problem.batch, problem.seqlen_q); !status.ok()) return status;
+  if (Status status = check_lengths("k", lengths.k, problem.batch, problem.seqlen_k); !status.ok()) return status;
+  const Result<const Kernel*> kernel = select_kernel(problem, device);
+  if (!kernel) return kernel.status();
+
   Explanation e;
+  e.kernel = (*kernel)->name;
+  e.tiles = (*kernel)->tile_plan(problem, device);
   e.candidates = list_candidates(problem, device);
+  e.workspace_bytes = static_cast<int64_t>((*kernel)->workspace_bytes(problem, device));
+  Counter counter(problem, e);
+  count_sequences(problem, lengths, counter);
+  counter.finish();
+
+  // The textbook keeps S, which becomes P in place, and for the backward pass dP, which becomes dS. Sequences of a packed
+  // batch are padded to the longest.
+  const double longest_q = static_cast<double>(problem.packed ? std::min(problem.seqlen_q, problem.total_q) : problem.seqlen_q);
+  const double longest_k = static_cast<double>(problem.packed ? std::min(problem.seqlen_k, problem.total_k) : problem.seqlen_k);
+  const double matrix = static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads_q) * longest_q * longest_k;
+  e.standard_extra_bytes = to_count(matrix * element_bytes(problem.dtype) * (problem.pass == Pass::kForward ? 1 : 2));
   return e;
 }
 
