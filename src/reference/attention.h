@@ -18,7 +18,9 @@ struct Outputs {
 };
 
 // Reads q, k, v, the lengths and modifiers; for Pass::kBackward also do_ and, where given, dlse. Never o and lse.
-Outputs attention(const Problem& problem, const Arguments& arguments);
+// magnitudes, where given, becomes the sums of the absolute values of the terms that each output is a sum of: one
+// rounding error of the inputs of such a sum is of that size times the precision, however small the sum itself is.
+Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* magnitudes = nullptr);
 
 // 16-bit floats: rounding is to nearest, ties to even; NaN stays NaN.
 inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
@@ -45,36 +47,19 @@ inline uint16_t to_float16(float value) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
-inline int64_t element_bytes(DataType dtype) { return dtype == DataType::kFloat32 || dtype == DataType::kInt32 ? 4 : 2; }
-// Element `index` of memory that holds dtype.
+// Floats in memory of element type dtype: a float32 unless it is one of the 16-bit types.
+inline bool is_16bit(DataType dtype) { return dtype == DataType::kBFloat16 || dtype == DataType::kFloat16; }
+inline int64_t element_bytes(DataType dtype) { return is_16bit(dtype) ? 2 : 4; }
 inline float read_element(const void* data, DataType dtype, int64_t index) {
-  switch (dtype) {
-    case DataType::kBFloat16:
-      return from_bfloat16(static_cast<const uint16_t*>(data)[index]);
-    case DataType::kFloat16:
-      return from_float16(static_cast<const uint16_t*>(data)[index]);
-    case DataType::kInt32:
-      return static_cast<float>(static_cast<const int32_t*>(data)[index]);
-    case DataType::kFloat32:
-      break;
-  }
-  return static_cast<const float*>(data)[index];
+  if (!is_16bit(dtype)) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == DataType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 inline void write_element(void* data, DataType dtype, int64_t index, float value) {
-  switch (dtype) {
-    case DataType::kBFloat16:
-      static_cast<uint16_t*>(data)[index] = to_bfloat16(value);
-      return;
-    case DataType::kFloat16:
-      static_cast<uint16_t*>(data)[index] = to_float16(value);
-      return;
-    case DataType::kInt32:
-      static_cast<int32_t*>(data)[index] = static_cast<int32_t>(value);
-      return;
-    case DataType::kFloat32:
-      break;
-  }
-  static_cast<float*>(data)[index] = value;
+  if (!is_16bit(dtype))
+    static_cast<float*>(data)[index] = value;
+  else
+    static_cast<uint16_t*>(data)[index] = dtype == DataType::kBFloat16 ? to_bfloat16(value) : to_float16(value);
 }
 
 }  // namespace tilewise::reference

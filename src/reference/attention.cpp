@@ -1,0 +1,241 @@
+#include "reference/attention.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/mask.h"
+#include "core/sequence.h"
+
+namespace tilewise::reference {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// A tensor of rank 3 or 4 as doubles in the order of its shape.
+std::vector<double> read_tensor(const TensorView& view) {
+  const int dense = view.rank == 4;
+  const int64_t batch = dense ? view.shape[0] : 1, rows = view.shape[dense], heads = view.shape[dense + 1], dim = view.shape[dense + 2];
+  std::vector<double> values(static_cast<size_t>(batch * rows * heads * dim));
+#pragma omp parallel for
+  for (int64_t r = 0; r < batch * rows; ++r) {
+    const int64_t row_offset = (dense ? r / rows * view.stride[0] : 0) + r % rows * view.stride[dense];
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t x = 0; x < dim; ++x)
+        values[(r * heads + h) * dim + x] = read_element(view.data, view.dtype, row_offset + h * view.stride[dense + 1] + x);
+  }
+  return values;
+}
+
+double dot(const double* a, const double* b, int64_t n) {
+  double sums[8] = {};  // independent, so that the compiler may use vectors without reordering
+  int64_t x = 0;
+  for (; x + 8 <= n; x += 8)
+    for (int l = 0; l < 8; ++l) sums[l] += a[x + l] * b[x + l];
+  double sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+  for (; x < n; ++x) sum += a[x] * b[x];
+  return sum;
+}
+
+void add_scaled(double* target, double factor, const double* source, int64_t n) {
+  for (int64_t x = 0; x < n; ++x) target[x] += factor * source[x];
+}
+
+void add_magnitude(double* target, double factor, const double* source, int64_t n) {
+  for (int64_t x = 0; x < n; ++x) target[x] += std::abs(factor * source[x]);
+}
+
+// What one query row sees: the scores of its visible keys and what softmax needs of them.
+struct Row {
+  std::vector<int> keys;
+  std::vector<double> scores, slopes;  // d score / d (scaled product): below 1 under a softcap
+  double lse = -kInfinity;
+  bool sees_nothing = true;
+};
+
+struct Inputs {
+  const Problem& problem;
+  const Arguments& arguments;
+  std::vector<double> q, k, v, do_;
+  int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
+  int64_t heads = problem.num_heads_q, heads_kv = problem.num_heads_kv, group = heads / heads_kv;
+
+  Sequence sequence(int64_t b) const {
+    Sequence s = sequence_of(static_cast<int>(b), static_cast<int>(problem.seqlen_q), static_cast<int>(problem.seqlen_k),
+                             static_cast<const int*>(arguments.cu_seqlens_q.data), static_cast<const int*>(arguments.cu_seqlens_k.data),
+                             static_cast<const int*>(arguments.seqused_k.data));
+    if (!problem.packed) s.q_row = b * problem.seqlen_q, s.k_row = b * problem.seqlen_k;
+    return s;
+  }
+  const double* q_row(int64_t row, int64_t head) const { return &q[(row * heads + head) * dim]; }
+  const double* k_row(int64_t row, int64_t head) const { return &k[(row * heads_kv + head / group) * dim]; }
+  const double* v_row(int64_t row, int64_t head) const { return &v[(row * heads_kv + head / group) * dim_v]; }
+  // lse, dlse: [batch, heads, seqlen_q] or [heads, total_q]
+  int64_t lse_index(const Sequence& s, int64_t b, int64_t i, int64_t head) const {
+    return problem.packed ? head * problem.total_q + s.q_row + i : (b * heads + head) * problem.seqlen_q + i;
+  }
+  double dlse(const Sequence& s, int64_t b, int64_t i, int64_t head) const {
+    const TensorView& view = arguments.dlse;
+    if (!view) return 0;
+    const int64_t index = problem.packed ? head * view.stride[0] + (s.q_row + i) * view.stride[1]
+                                         : b * view.stride[0] + head * view.stride[1] + i * view.stride[2];
+    return static_cast<const float*>(view.data)[index];
+  }
+  double alibi_slope(int64_t b, int64_t head) const {
+    const TensorView& view = arguments.alibi_slopes;
+    if (!view) return 0;
+    return static_cast<const float*>(view.data)[view.rank == 2 ? b * view.stride[0] + head * view.stride[1] : head * view.stride[0]];
+  }
+  double sink(int64_t head) const {
+    const TensorView& view = arguments.sink;
+    return view ? static_cast<const float*>(view.data)[head * view.stride[0]] : -kInfinity;
+  }
+
+  void compute_row(const Sequence& s, const Band& band, int64_t b, int i, int64_t head, Row* row) const {
+    const double scale = problem.scale(), softcap = problem.softcap, slope = alibi_slope(b, head), logit = sink(head);
+    row->keys.clear(), row->scores.clear(), row->slopes.clear();
+    double maximum = -kInfinity;
+    bool nan = std::isnan(logit);
+    for (int j = 0; j < s.seqlen_k; ++j) {
+      if (!visible(band, i, j)) continue;
+      double score = scale * dot(q_row(s.q_row + i, head), k_row(s.k_row + j, head), dim), derivative = 1;
+      if (softcap > 0) {
+        const double t = std::tanh(score / softcap);
+        score = softcap * t, derivative = 1 - t * t;
+      }
+      if (problem.alibi) score -= slope * std::abs(static_cast<double>(i) + band.offset - j);
+      row->keys.push_back(j), row->scores.push_back(score), row->slopes.push_back(derivative);
+      nan = nan || std::isnan(score);
+      if (score > maximum) maximum = score;
+    }
+    row->sees_nothing = maximum == -kInfinity && !nan;
+    if (logit > maximum) maximum = logit;
+    if (nan)
+      row->lse = std::numeric_limits<double>::quiet_NaN();
+    else if (std::isinf(maximum))
+      row->lse = maximum;
+    else {
+      double sum = std::exp(logit - maximum);
+      for (double score : row->scores) sum += std::exp(score - maximum);
+      row->lse = maximum + std::log(sum);
+    }
+  }
+};
+
+void forward(const Inputs& in, Outputs* out, Outputs* magnitudes) {
+  const Problem& p = in.problem;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence s = in.sequence(b);
+    const Band band = make_band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right, p.alignment == Alignment::kTopLeft);
+#pragma omp parallel
+    {
+      Row row;
+#pragma omp for collapse(2) schedule(dynamic, 8)
+      for (int64_t head = 0; head < in.heads; ++head)
+        for (int i = 0; i < s.seqlen_q; ++i) {
+          in.compute_row(s, band, b, i, head, &row);
+          out->lse[in.lse_index(s, b, i, head)] = row.lse;
+          if (row.sees_nothing) continue;
+          const int64_t at = ((s.q_row + i) * in.heads + head) * in.dim_v;
+          for (size_t n = 0; n < row.keys.size(); ++n) {
+            const double probability = std::exp(row.scores[n] - row.lse);
+            const double* v = in.v_row(s.k_row + row.keys[n], head);
+            add_scaled(&out->o[at], probability, v, in.dim_v);
+            if (magnitudes) add_magnitude(&magnitudes->o[at], probability, v, in.dim_v);
+          }
+          if (!magnitudes) continue;
+          double& largest = magnitudes->lse[in.lse_index(s, b, i, head)] = std::max(1.0, std::abs(row.lse));
+          for (double score : row.scores)
+            if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
+        }
+    }
+  }
+}
+
+// One key/value head of one sequence: it alone adds to its dk and dv, so that the order of the sums is fixed.
+void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, Outputs* out, Outputs* magnitudes) {
+  const Problem& p = in.problem;
+  const Band band = make_band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right, p.alignment == Alignment::kTopLeft);
+  const double scale = p.scale();
+  Row row;
+  std::vector<double> dp;
+  for (int64_t head = head_kv * in.group; head < (head_kv + 1) * in.group; ++head) {
+    double dsink = 0, dsink_magnitude = 0;
+    for (int i = 0; i < s.seqlen_q; ++i) {
+      in.compute_row(s, band, b, i, head, &row);
+      const double* do_ = &in.do_[((s.q_row + i) * in.heads + head) * in.dim_v];
+      const double dlse = in.dlse(s, b, i, head);
+      double delta = 0, delta_magnitude = 0;  // <do, o>
+      if (!row.sees_nothing) {
+        dp.clear();
+        for (size_t n = 0; n < row.keys.size(); ++n) {
+          dp.push_back(dot(do_, in.v_row(s.k_row + row.keys[n], head), in.dim_v));
+          delta += std::exp(row.scores[n] - row.lse) * dp[n];
+        }
+        const double* o = &out->o[((s.q_row + i) * in.heads + head) * in.dim_v];
+        for (int64_t x = 0; x < in.dim_v; ++x) delta_magnitude += std::abs(do_[x] * o[x]);
+        const double* q = in.q_row(s.q_row + i, head);
+        const int64_t dq_at = ((s.q_row + i) * in.heads + head) * in.dim;
+        for (size_t n = 0; n < row.keys.size(); ++n) {
+          const int64_t k_row = s.k_row + row.keys[n];
+          const int64_t dk_at = (k_row * in.heads_kv + head_kv) * in.dim, dv_at = (k_row * in.heads_kv + head_kv) * in.dim_v;
+          const double* k = in.k_row(k_row, head);
+          const double probability = std::exp(row.scores[n] - row.lse), factor = scale * row.slopes[n] * probability;
+          const double ds = factor * (dp[n] - delta + dlse);
+          add_scaled(&out->dq[dq_at], ds, k, in.dim);
+          add_scaled(&out->dk[dk_at], ds, q, in.dim);
+          add_scaled(&out->dv[dv_at], probability, do_, in.dim_v);
+          if (!magnitudes) continue;
+          const double ds_magnitude = factor * (std::abs(dp[n]) + delta_magnitude + std::abs(dlse));
+          add_magnitude(&magnitudes->dq[dq_at], ds_magnitude, k, in.dim);
+          add_magnitude(&magnitudes->dk[dk_at], ds_magnitude, q, in.dim);
+          add_magnitude(&magnitudes->dv[dv_at], probability, do_, in.dim_v);
+        }
+      }
+      if (row.lse == -kInfinity) continue;
+      const double probability = std::exp(in.sink(head) - row.lse);
+      dsink += probability * (dlse - delta);
+      dsink_magnitude += probability * (delta_magnitude + std::abs(dlse));
+    }
+    if (magnitudes) magnitudes->dsink[b * in.heads + head] = dsink_magnitude;
+    out->dsink[b * in.heads + head] = dsink;
+  }
+}
+
+// [batch, heads] to [heads]; none without a sink.
+void add_dsinks(const Inputs& in, std::vector<double>* dsink) {
+  for (size_t n = in.heads; n < dsink->size(); ++n) (*dsink)[n % in.heads] += (*dsink)[n];
+  dsink->resize(in.problem.sink ? in.heads : 0);
+}
+
+}  // namespace
+
+Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* magnitudes) {
+  const bool with_gradients = problem.pass == Pass::kBackward;
+  const Inputs in{problem,
+                  arguments,
+                  read_tensor(arguments.q),
+                  read_tensor(arguments.k),
+                  read_tensor(arguments.v),
+                  with_gradients ? read_tensor(arguments.do_) : std::vector<double>()};
+  const size_t rows_q = problem.packed ? problem.total_q : problem.batch * problem.seqlen_q;
+  Outputs out;
+  out.o.assign(rows_q * in.heads * in.dim_v, 0.0);
+  out.lse.assign(rows_q * in.heads, 0.0);
+  if (with_gradients) {
+    out.dq.assign(in.q.size(), 0.0);
+    out.dk.assign(in.k.size(), 0.0);
+    out.dv.assign(in.v.size(), 0.0);
+    out.dsink.assign(problem.batch * in.heads, 0.0);  // one for each sequence until they are added
+  }
+  if (magnitudes) *magnitudes = out;
+  forward(in, &out, magnitudes);
+  if (!with_gradients) return out;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (int64_t b = 0; b < problem.batch; ++b)
+    for (int64_t head_kv = 0; head_kv < in.heads_kv; ++head_kv) backward(in, in.sequence(b), b, head_kv, &out, magnitudes);
+  add_dsinks(in, &out.dsink);
+  if (magnitudes) add_dsinks(in, &magnitudes->dsink);
+  return out;
+}
+
+}  // namespace tilewise::reference
