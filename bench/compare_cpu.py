@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 
+import c_api
 import results
 
 SHAPES = (  # batch, heads, seqlen, head_dim, causal
@@ -75,6 +76,51 @@ class Torch:
         inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         o = self.attention(*inputs, case.causal)
         return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
+
+
+class Tilewise:
+    name = "tilewise"
+
+    def __init__(self, threads, path):
+        if not path.exists():
+            sys.exit(f"{path} is missing; build it as --help says, or name another with --library")
+        self.library = c_api.Library(path)
+        self.device = self.library.device(threads)
+        self.version = self.library.version
+
+    def bind(self, case, direction, **tensors):
+        """Runs on the tensors where they lie: PyTorch's [b, h, s, d] is [b, s, h, d] with other strides."""
+        dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[case.dtype]
+        mask = "causal" if case.causal else ""
+        problem = f"{direction} b{case.batch} q{case.seqlen} k{case.seqlen} h{case.heads} d{case.head_dim} {dtype} {mask}"
+        views = {}
+        for name, tensor in tensors.items():
+            view = tensor if name == "lse" else tensor.transpose(1, 2)
+            views[name] = c_api.tensor(view.data_ptr(), str(view.dtype).removeprefix("torch."), view.shape, view.stride())
+        run = c_api.Plan(self.library, problem, self.device).bind(views)
+        run.memory = tensors  # lives as long as the function that uses it
+        return run
+
+    @staticmethod
+    def calling(run, *outputs):
+        def call():
+            run()
+            return outputs
+
+        return call
+
+    def forward_tensors(self, case, q, k, v):
+        return {"q": q, "k": k, "v": v, "o": torch.empty_like(q), "lse": torch.empty(case.batch, case.heads, case.seqlen)}
+
+    def fwd(self, case, q, k, v, do):
+        tensors = self.forward_tensors(case, q, k, v)
+        return self.calling(self.bind(case, "fwd", **tensors), tensors["o"])
+
+    def bwd(self, case, q, k, v, do):
+        tensors = self.forward_tensors(case, q, k, v)
+        self.bind(case, "fwd", **tensors)()
+        gradients = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+        return self.calling(self.bind(case, "bwd", dout=do, **tensors, **gradients), *gradients.values())
 
 
 class OnnxRuntime:
