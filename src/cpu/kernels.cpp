@@ -3,6 +3,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "cpu/backend.h"
 
@@ -36,12 +38,16 @@ std::string refusal(const Isa& isa, const Problem& p, const Device& device) {
 
 int64_t rows_per_head_group(const Problem& p) { return p.seqlen_q * (p.num_heads_q / p.num_heads_kv); }
 
-// block_n: a tile of scores takes half of L1. It depends on the machine only, so that a row's result never depends on the
-// batch. block_m: Q, O and one tile of K and V take half of L2, and every thread gets four items where the problem has
-// them; a row's result does not depend on it.
-TileShape tile_shape(const Isa& isa, const Problem& p, const Device& device) {
-  const int64_t tile_rows = 3 * isa.lanes;
-  const int64_t block_n = std::clamp<int64_t>(device.near_bytes / 2 / (tile_rows * 4) / 8 * 8, 32, 128);
+// Keys whose scores take half of L1, in one tile or, backward, in two. It depends on the machine only, so that a row's
+// result never depends on the batch.
+int64_t near_keys(const Isa& isa, const Device& device, int tiles) {
+  return std::clamp<int64_t>(device.near_bytes / 2 / tiles / (3 * isa.lanes * 4) / 8 * 8, 32, 128);
+}
+
+// block_m: Q, O and one tile of K and V take half of L2, and every thread gets four items where the problem has them; a
+// row's result does not depend on it.
+TileShape forward_shape(const Isa& isa, const Problem& p, const Device& device) {
+  const int64_t tile_rows = 3 * isa.lanes, block_n = near_keys(isa, device, 1);
   const int64_t keys_bytes = block_n * (p.head_dim + p.head_dim_v) * 4;
   const int64_t tile_bytes = tile_rows * (p.head_dim + p.head_dim_v) * 4;
   const int64_t most = std::clamp<int64_t>((device.desk_bytes / 2 - keys_bytes) / tile_bytes, 1, 8);
@@ -50,7 +56,15 @@ TileShape tile_shape(const Isa& isa, const Problem& p, const Device& device) {
   const int64_t block_m = std::clamp<int64_t>(round_up(ceil_div(rows, blocks_wanted), tile_rows), tile_rows, most * tile_rows);
   // Equal blocks: 512 rows in three blocks are 176 + 176 + 160, not 192 + 192 + 128.
   const int64_t even = round_up<int64_t>(ceil_div(rows, ceil_div(rows, block_m)), isa.lanes);
-  return {static_cast<int>(even), static_cast<int>(block_n), 1};
+  return {static_cast<int>(even), static_cast<int>(block_n), static_cast<int>(block_n)};
+}
+
+// block_n: K, V, dK and dV of a block take half of L2.
+TileShape backward_shape(const Isa& isa, const Problem& p, const Device& device) {
+  const int64_t tile_n = near_keys(isa, device, 2);
+  const int64_t most = device.desk_bytes / 2 / (2 * 4 * (p.head_dim + p.head_dim_v));
+  const int64_t block_n = std::clamp<int64_t>(most / tile_n, 1, 8) * tile_n;
+  return {3 * isa.lanes, static_cast<int>(block_n), static_cast<int>(tile_n)};
 }
 
 Tensor tensor(const TensorView& t) {
@@ -90,7 +104,16 @@ Params make_params(const Isa& isa, const Problem& p, const Device& device, const
   r.v = tensor(a.v);
   r.o = tensor(a.o);
   r.lse = row_tensor(a.lse);
-  r.tile = tile_shape(isa, p, device);
+  r.do_ = tensor(a.do_);
+  r.dq = tensor(a.dq);
+  r.dk = tensor(a.dk);
+  r.dv = tensor(a.dv);
+  r.dlse = row_tensor(a.dlse);
+  r.total_rows = p.packed ? p.total_q : p.batch * p.seqlen_q;
+  r.dq_tiles = r.total_rows * r.group / (3 * isa.lanes) + p.batch;
+  // Enough heads keep every thread busy without cutting the keys, which costs a buffer a chunk.
+  r.chunks_apart = p.batch * p.num_heads_kv < 2 * device.units;
+  r.tile = p.pass == Pass::kForward ? forward_shape(isa, p, device) : backward_shape(isa, p, device);
   return r;
 }
 
@@ -126,10 +149,10 @@ void for_each_item(int64_t items, int threads, char* scratch, size_t scratch_byt
   }
 }
 
-size_t scratch_bytes(size_t bytes) { return round_up(bytes, size_t{4096}); }  // threads share no page
+size_t page_round(size_t bytes) { return round_up(bytes, size_t{4096}); }  // threads share no page
 
 size_t forward_workspace(const Isa& isa, const Problem& p, const Device& device) {
-  return scratch_bytes(isa.forward_scratch(make_params(isa, p, device, {}))) * static_cast<size_t>(device.units);
+  return page_round(isa.forward_scratch(make_params(isa, p, device, {}))) * static_cast<size_t>(device.units);
 }
 
 Status forward(const Isa& isa, const Problem& p, const Device& device, const Arguments& a) {
@@ -137,12 +160,73 @@ Status forward(const Isa& isa, const Problem& p, const Device& device, const Arg
   if (Status status = check_lengths(p, params); !status.ok()) return status;
   // Within a head the last rows come first: under a causal mask they are the longest, and short ones fill the end.
   const int64_t m_blocks = ceil_div<int64_t>(rows_per_head_group(p), params.tile.block_m);
-  for_each_item(p.batch * p.num_heads_kv * m_blocks, device.units, static_cast<char*>(a.workspace),
-                scratch_bytes(isa.forward_scratch(params)), [&](int64_t item, char* scratch) {
+  for_each_item(p.batch * p.num_heads_kv * m_blocks, device.units, static_cast<char*>(a.workspace), page_round(isa.forward_scratch(params)),
+                [&](int64_t item, char* scratch) {
                   const int64_t head = item / m_blocks, m_block = m_blocks - 1 - item % m_blocks;
                   isa.forward_item(params, static_cast<int>(head / p.num_heads_kv), static_cast<int>(head % p.num_heads_kv), m_block,
                                    scratch);
                 });
+  return {};
+}
+
+// Backward's workspace: scratch of the threads, delta, and the sums of dq.
+struct BackwardWorkspace {
+  size_t scratch, delta, dq_sum, bytes;
+
+  BackwardWorkspace(const Isa& isa, const Params& p, const Device& device) {
+    const int64_t chunks = std::min(kMaxChunks, ceil_div(p.seqlen_k, kChunkKeys));
+    const int64_t buffers = p.chunks_apart ? chunks : std::min<int64_t>(chunks, 2);
+    const int64_t dq_floats = buffers * p.num_heads_kv * p.dq_tiles * round_up(p.head_dim, 8) * 3 * isa.lanes;
+    scratch = page_round(isa.backward_scratch(p));
+    delta = scratch * static_cast<size_t>(device.units);
+    dq_sum = delta + page_round(static_cast<size_t>(p.num_heads_q * p.total_rows) * sizeof(float));
+    bytes = dq_sum + static_cast<size_t>(dq_floats) * sizeof(float);
+  }
+};
+
+// dsink_h = -sum over rows of exp(sink - lse) * delta, row after row.
+void sink_gradients(const Problem& problem, const Params& p, float* dsink) {
+#pragma omp parallel for schedule(static)
+  for (int head = 0; head < p.num_heads_q; ++head) {
+    double sum = 0;
+    for (int b = 0; b < p.batch; ++b) {
+      const Sequence seq = sequence(p, b);
+      const float* lse = p.lse.data + b * p.lse.batch + head * p.lse.head + seq.q_row;
+      const float* delta = p.delta + head * p.total_rows + (problem.packed ? seq.q_row : static_cast<int64_t>(b) * p.seqlen_q);
+      for (int i = 0; i < seq.seqlen_q; ++i) {
+        const float sink = p.sink[head];
+        if (sink != -std::numeric_limits<float>::infinity()) sum -= std::exp(static_cast<double>(sink) - lse[i]) * delta[i];
+      }
+    }
+    dsink[head] = static_cast<float>(sum);
+  }
+}
+
+Status backward(const Isa& isa, const Problem& p, const Device& device, const Arguments& a) {
+  Params params = make_params(isa, p, device, a);
+  if (Status status = check_lengths(p, params); !status.ok()) return status;
+  char* workspace = static_cast<char*>(a.workspace);
+  const BackwardWorkspace at(isa, params, device);
+  params.delta = reinterpret_cast<float*>(workspace + at.delta);
+  params.dq_sum = reinterpret_cast<float*>(workspace + at.dq_sum);
+
+  const int heads = params.num_heads_kv;
+  const int64_t groups = p.batch * p.num_heads_kv;
+  for_each_item(groups, device.units, workspace, at.scratch,
+                [&](int64_t i, char*) { isa.backward_delta(params, static_cast<int>(i / heads), static_cast<int>(i % heads)); });
+  if (a.dsink) sink_gradients(p, params, static_cast<float*>(a.dsink.data));
+  const int chunks = params.chunks_apart ? std::max(std::min(kMaxChunks, ceil_div(params.seqlen_k, kChunkKeys)), 1) : 1;
+  for_each_item(groups * chunks, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
+    const int64_t i = item / chunks;
+    const int chunk = static_cast<int>(item % chunks);
+    isa.backward_item(params, static_cast<int>(i / heads), static_cast<int>(i % heads), chunk, params.chunks_apart ? chunk + 1 : kMaxChunks,
+                      scratch);
+  });
+  const int64_t tiles = ceil_div<int64_t>(rows_per_head_group(p), 3 * isa.lanes);
+  for_each_item(groups * tiles, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
+    const int64_t i = item / tiles;
+    isa.backward_dq(params, static_cast<int>(i / heads), static_cast<int>(i % heads), item % tiles, scratch);
+  });
   return {};
 }
 
@@ -153,11 +237,25 @@ Kernel forward_row(std::string_view name) {
           Pass::kForward,
           [](const Problem& p, const Device& d) { return refusal(kIsa, p, d); },
           [](const Problem& p, const Device& d) {
-            const TileShape t = tile_shape(kIsa, p, d);
-            return TilePlan{t.block_m, t.block_n, static_cast<int64_t>(kIsa.forward_scratch(make_params(kIsa, p, d, {}))), d.units};
+            const Params params = make_params(kIsa, p, d, {});
+            return TilePlan{params.tile.block_m, params.tile.block_n, static_cast<int64_t>(kIsa.forward_scratch(params)), d.units};
           },
           [](const Problem& p, const Device& d) { return forward_workspace(kIsa, p, d); },
           [](const Problem& p, const Device& d, const Arguments& a, Stream) { return forward(kIsa, p, d, a); }};
+}
+
+template <const Isa& kIsa>
+Kernel backward_row(std::string_view name) {
+  return {name,
+          DeviceType::kCpu,
+          Pass::kBackward,
+          [](const Problem& p, const Device& d) { return refusal(kIsa, p, d); },
+          [](const Problem& p, const Device& d) {
+            const Params params = make_params(kIsa, p, d, {});
+            return TilePlan{params.tile.block_m, params.tile.block_n, static_cast<int64_t>(kIsa.backward_scratch(params)), d.units};
+          },
+          [](const Problem& p, const Device& d) { return BackwardWorkspace(kIsa, make_params(kIsa, p, d, {}), d).bytes; },
+          [](const Problem& p, const Device& d, const Arguments& a, Stream) { return backward(kIsa, p, d, a); }};
 }
 
 }  // namespace
@@ -172,9 +270,15 @@ const Isa* best_isa_of(const Device& device) {
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> rows {
 #if defined(__x86_64__)
-    forward_row<avx512::kIsa>("forward_avx512"), forward_row<avx2::kIsa>("forward_avx2"), forward_row<sse4::kIsa>("forward_sse4"),
+      forward_row<avx512::kIsa>("forward_avx512"),
+      forward_row<avx2::kIsa>("forward_avx2"),
+      forward_row<sse4::kIsa>("forward_sse4"),
+      backward_row<avx512::kIsa>("backward_avx512"),
+      backward_row<avx2::kIsa>("backward_avx2"),
+      backward_row<sse4::kIsa>("backward_sse4"),
 #else
-    forward_row<neon::kIsa>("forward_neon"),
+      forward_row<neon::kIsa>("forward_neon"),
+      backward_row<neon::kIsa>("backward_neon"),
 #endif
   };
   return rows;

@@ -23,11 +23,11 @@ struct RowTensor {
   int64_t batch, head;
 };
 
-// How many rows and keys a work item holds at a time; see tile_shape() in kernels.cpp.
+// How a work item is cut; see tile_shape() in kernels.cpp.
 struct TileShape {
-  int block_m;  // rows (query, head) of a work item
-  int block_n;  // keys in one tile
-  int splits;   // backward: parts of the keys that are summed apart, in order
+  int block_m;  // forward: rows (query, head) of an item
+  int block_n;  // keys on the desk at a time
+  int tile_n;   // keys whose scores are in the near cache at a time; forward: block_n
 };
 
 struct Params {
@@ -45,9 +45,13 @@ struct Params {
   Tensor q, k, v, o, do_, dq, dk, dv;
   RowTensor lse, dlse;
   TileShape tile;
-  int64_t total_q;    // rows of q over all sequences; backward's per-row buffers have that many per head
-  float* delta;       // backward: [num_heads_q, total_q] rowsum(do * o) - dlse
-  float* dq_partial;  // backward with splits > 1: [splits, num_heads_q, total_q, head_dim]
+  // Backward's workspace. Sums of dq over the keys of one chunk lie apart and are added in order of the chunks, so that
+  // the result is the same whether one thread or several take the chunks of a sequence.
+  float* delta;        // [num_heads_q, rows] rowsum(do * o) - dlse, rows as in q over all sequences
+  float* dq_sum;       // [dq_buffers, num_heads_kv, dq_tiles, head_dim rounded up, kTileRows]
+  int64_t total_rows;  // batch * seqlen_q or total_q
+  int64_t dq_tiles;    // tiles of rows of one key/value head over all sequences
+  bool chunks_apart;   // dq_buffers = chunks, else 2: the sum and the chunk in work
 };
 
 inline Sequence sequence(const Params& p, int b) {
@@ -57,12 +61,23 @@ inline Band band(const Params& p, const Sequence& s) {
   return make_band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right, p.top_left);
 }
 
+// Backward cuts the keys of a sequence into at most kMaxChunks chunks of at least kChunkKeys. It depends on that sequence
+// alone: so does the order of every sum.
+constexpr int kMaxChunks = 16, kChunkKeys = 2048;
+inline int chunk_keys(int seqlen_k) { return max_of(kChunkKeys, round_up(ceil_div(seqlen_k, kMaxChunks), kChunkKeys)); }
+inline int num_chunks(int seqlen_k) { return ceil_div(seqlen_k, chunk_keys(seqlen_k)); }
+
 // One instruction set's kernels. Scratch is aligned to 64 bytes and belongs to one thread.
 struct Isa {
   const char* name;
   int lanes;  // floats in a vector; a register tile is 3 vectors of rows wide
   size_t (*forward_scratch)(const Params&);
   void (*forward_item)(const Params&, int batch_index, int kv_head, int64_t m_block, void* scratch);
+  size_t (*backward_scratch)(const Params&);
+  // Each of these must be done for all heads before the next begins.
+  void (*backward_delta)(const Params&, int batch_index, int kv_head);
+  void (*backward_item)(const Params&, int batch_index, int kv_head, int chunk_begin, int chunk_end, void* scratch);
+  void (*backward_dq)(const Params&, int batch_index, int kv_head, int64_t tile, void* scratch);
   void (*multiply_add)(int64_t repeats);  // 48 independent chains: 2 * lanes * 48 FLOP per repeat
 };
 

@@ -46,6 +46,10 @@ constexpr float kInfinity = __builtin_inff();
 // The kernels of this set; params.h says what they do.
 size_t forward_scratch(const Params& p);
 void forward_item(const Params& p, int batch_index, int kv_head, int64_t m_block, void* scratch);
+size_t backward_scratch(const Params& p);
+void backward_delta(const Params& p, int batch_index, int kv_head);
+void backward_item(const Params& p, int batch_index, int kv_head, int chunk_begin, int chunk_end, void* scratch);
+void backward_dq(const Params& p, int batch_index, int kv_head, int64_t tile, void* scratch);
 
 // Results below 2^-126 are flushed to zero while a kernel runs: a subnormal exp costs twenty times a normal one.
 class FlushSubnormals {
