@@ -96,10 +96,11 @@ class Counter {
     } else {
       // Products S = QK', dP = dO V', dV = P' dO, dQ = dS K and dK = dS' Q.
       e_.flops = 2 * pairs_ * (3 * d + 2 * dv);
-      // Before: o and do are read for delta. Then each block of keys passes by once, with its dk and dv, and meets the rows
-      // that see it: q, do, lse and delta are read, dq is read and written in float32. At the end dq is rounded.
-      const double delta = 4 * rows_, dq_float = 4 * d * rows_;
-      e_.flash_bytes = 2 * o + lse + delta + 2 * e * group_keys_ * (d + dv) + rows_read_ * (e * (d + dv) + 8 + 8 * d) + dq_float + q;
+      // Before: o and do are read and delta is written. Then each block of keys stays on the desk once, with its dk and dv,
+      // while the rows that see it pass by: q, do, lse and delta are read, the float32 sum of dq is read and written. That sum
+      // is cleared before and read once more to be rounded to dq.
+      const double delta = 4 * rows_, dq_sum = 4 * rows_ * d;
+      e_.flash_bytes = 2 * o + delta + 2 * e * group_keys_ * (d + dv) + rows_read_ * (e * (d + dv) + 8 + 8 * d) + 2 * dq_sum + q;
       // P of the forward pass is read for dV and for dS, dP written and read, dS written and read for dQ and for dK.
       e_.standard_bytes = 2 * o + 2 * q + e * head_keys_ * (2 * d + 2 * dv) + 7 * e * scores_;
     }
