@@ -17,6 +17,8 @@ namespace {
 struct ForwardTile : RowTile {
   alignas(64) float m[kTileRows];
   alignas(64) float l[kTileRows];
+  // The maximum over the tile of keys in work. In memory: held in registers, it would drive a register tile out of them.
+  alignas(64) float top[kTileRows];
 };
 
 struct Layout {
@@ -44,7 +46,7 @@ struct Layout {
 
 // S^T of `keys` keys; with_max: the block's maximum of each row too.
 template <int kVectors>
-void scores(const float* k, int ldk, const float* q_t, int head_dim, int keys, bool with_max, float* s, V (&top)[kVectors]) {
+void scores(const float* k, int ldk, const float* q_t, int head_dim, int keys, bool with_max, float* s, float* top) {
   const F d;
   for (int j = 0; j < keys; j += kRegisterRows) {
     V acc[kRegisterRows][kVectors];
@@ -56,7 +58,7 @@ void scores(const float* k, int ldk, const float* q_t, int head_dim, int keys, b
       for (int n = 0; n < kVectors; ++n) hn::Store(acc[r][n], d, s + (j + r) * kTileRows + n * kLanes);
       if (with_max && j + r < keys) {
         TW_UNROLL
-        for (int n = 0; n < kVectors; ++n) top[n] = hn::Max(acc[r][n], top[n]);
+        for (int n = 0; n < kVectors; ++n) hn::Store(hn::Max(acc[r][n], hn::Load(d, top + n * kLanes)), d, top + n * kLanes);
       }
     }
   }
@@ -64,13 +66,14 @@ void scores(const float* k, int ldk, const float* q_t, int head_dim, int keys, b
 
 // softcap, ALiBi and the mask, and the maximum of what is left. n0 is the key of row 0 of S^T.
 template <int kVectors>
-void modify(const Params& p, const RowTile& tile, int n0, int keys, bool masked, float* s, V (&top)[kVectors]) {
+void modify(const Params& p, ForwardTile& tile, int n0, int keys, bool masked, float* s) {
   const F d;
   const I di;
   for (int n = 0; n < kVectors; ++n) {
     const V slope = hn::Load(d, tile.slope + n * kLanes);
     const auto position = hn::Load(di, tile.position + n * kLanes);
     const auto lo = hn::Load(di, tile.lo + n * kLanes), hi = hn::Load(di, tile.hi + n * kLanes);
+    V top = hn::Load(d, tile.top + n * kLanes);
     for (int j = 0; j < keys; ++j) {
       const auto key = hn::Set(di, n0 + j);
       float* at = s + j * kTileRows + n * kLanes;
@@ -81,20 +84,21 @@ void modify(const Params& p, const RowTile& tile, int n0, int keys, bool masked,
         x = hn::IfThenElse(is_visible(key, lo, hi), x, hn::Set(d, -kInfinity));
       }
       hn::Store(x, d, at);
-      top[n] = hn::Max(x, top[n]);
+      top = hn::Max(x, top);
     }
+    hn::Store(top, d, tile.top + n * kLanes);
   }
 }
 
 // S^T becomes P^T; m and l move on; gives back alpha.
 template <int kVectors>
-void softmax(ForwardTile& tile, int keys, float* s, const V (&top)[kVectors], V (&alpha)[kVectors]) {
+void softmax(ForwardTile& tile, int keys, float* s, V (&alpha)[kVectors]) {
   const F d;
   V shift[kVectors], sum[kVectors];
   TW_UNROLL
   for (int n = 0; n < kVectors; ++n) {
     const V m_old = hn::Load(d, tile.m + n * kLanes);
-    const V m = hn::Max(top[n], m_old);
+    const V m = hn::Max(hn::Load(d, tile.top + n * kLanes), m_old);
     // A row that has seen nothing yet keeps p = 0 and alpha = 0 with any finite shift.
     shift[n] = hn::IfThenElse(hn::Eq(m, hn::Set(d, -kInfinity)), hn::Zero(d), m);
     alpha[n] = exp2(d, hn::Sub(m_old, shift[n]));
@@ -132,12 +136,12 @@ void attend(const Params& p, ForwardTile& tile, const KeyTile& kv, int dims_v, c
   const bool modified = masked || p.softcap > 0 || p.alibi_slopes;
   const float* k = kv.k + (n0 - kv.n0) * static_cast<ptrdiff_t>(kv.ldk);
   const float* v = kv.v + (n0 - kv.n0) * static_cast<ptrdiff_t>(kv.ldv);
-  V top[kVectors], alpha[kVectors];
+  V alpha[kVectors];
   TW_UNROLL
-  for (int n = 0; n < kVectors; ++n) top[n] = hn::Set(d, -kInfinity);
-  scores(k, kv.ldk, q_t, p.head_dim, keys, !modified, s, top);
-  if (modified) modify(p, tile, n0, keys, masked, s, top);
-  softmax(tile, keys, s, top, alpha);
+  for (int n = 0; n < kVectors; ++n) hn::Store(hn::Set(d, -kInfinity), d, tile.top + n * kLanes);
+  scores<kVectors>(k, kv.ldk, q_t, p.head_dim, keys, !modified, s, tile.top);
+  if (modified) modify<kVectors>(p, tile, n0, keys, masked, s);
+  softmax(tile, keys, s, alpha);
   if (masked && kv.tainted_v) {
     add_visible(tile, v, kv.ldv, s, dims_v, n0, keys, alpha, o_t);
   } else {

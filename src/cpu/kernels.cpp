@@ -270,15 +270,10 @@ const Isa* best_isa_of(const Device& device) {
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> rows {
 #if defined(__x86_64__)
-      forward_row<avx512::kIsa>("forward_avx512"),
-      forward_row<avx2::kIsa>("forward_avx2"),
-      forward_row<sse4::kIsa>("forward_sse4"),
-      backward_row<avx512::kIsa>("backward_avx512"),
-      backward_row<avx2::kIsa>("backward_avx2"),
-      backward_row<sse4::kIsa>("backward_sse4"),
+    forward_row<avx512::kIsa>("forward_avx512"), forward_row<avx2::kIsa>("forward_avx2"), forward_row<sse4::kIsa>("forward_sse4"),
+        backward_row<avx512::kIsa>("backward_avx512"), backward_row<avx2::kIsa>("backward_avx2"), backward_row<sse4::kIsa>("backward_sse4"),
 #else
-      forward_row<neon::kIsa>("forward_neon"),
-      backward_row<neon::kIsa>("backward_neon"),
+    forward_row<neon::kIsa>("forward_neon"), backward_row<neon::kIsa>("backward_neon"),
 #endif
   };
   return rows;
