@@ -1,7 +1,7 @@
 """The demo's pictures, by Matplotlib, each as the text of an SVG that needs no file and no font beside it.
 
-`rows` are what bench/demo.py measures: {"pass": "fwd", "seqlen": 1024, "flash": {...}, "standard": {...} or {"needs_bytes": ...}} with
-seconds, extra_bytes, moved_bytes and flops of each algorithm.
+`rows` are what bench/demo.py measures: {"pass": "fwd", "seqlen": 1024, "flops": ..., "flash": {...}, "standard": {...}}, each algorithm
+with seconds, extra_bytes and moved_bytes; without seconds and extra_bytes where it did not run.
 """
 
 import io
@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 
 FLASH, STANDARD, INK, FAINT = "#0072b2", "#d55e00", "#1f2430", "#c9ced6"
 PASSES = {"fwd": "forward", "bwd": "backward"}
@@ -68,36 +68,47 @@ def svg(figure):
     return re.sub(r' (width|height)="[0-9.]+pt"', "", text[text.index("<svg") :], count=2)  # the page scales it
 
 
-def series(axes, rows, direction, field, label_ends):
+def panel(axes, rows, direction, field, title, form):
+    """One field of one pass over sequence length, both axes logarithmic."""
+    lengths = sorted({row["seqlen"] for row in rows})
+    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", title=f"{title}, {PASSES[direction]}")
+    axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.45)
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(int(x))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: form(y)))
+    axes.grid(axis="y", color="#eceef1", zorder=0)
+    axes.tick_params(which="both", length=0)
+    axes.yaxis.set_minor_locator(NullLocator())
+    values = [row[name][field] for row in rows for name in ("flash", "standard") if row[name].get(field)]
+    axes.set_ylim(min(values) / 3, max(values) * 4)
     for name, color in (("standard", STANDARD), ("flash", FLASH)):
-        points = [(row["seqlen"], row[name][field]) for row in rows if row["pass"] == direction and field in row[name]]
+        points = [(row["seqlen"], row[name][field]) for row in rows if row["pass"] == direction and row[name].get(field)]
         if not points:
             continue
         x, y = zip(*points)
         axes.plot(x, y, "o-", color=color, label=name, zorder=3)
-        if label_ends:
-            axes.annotate(label_ends(y[-1]), (x[-1], y[-1]), xytext=(0, 7), textcoords="offset points", ha="center", color=color, zorder=4)
+        above = 7 if name == "standard" else -16
+        axes.annotate(form(y[-1]), (x[-1], y[-1]), xytext=(0, above), textcoords="offset points", ha="center", color=color, zorder=4)
 
 
 def over_seqlen(rows, field, title, form):
-    """One field over sequence length, forward and backward side by side, both axes logarithmic."""
+    """One field over sequence length, forward and backward side by side."""
     passes = [name for name in PASSES if any(row["pass"] == name for row in rows)]
     figure, panels = plt.subplots(1, len(passes), figsize=(8.6, 3.5), sharey=True, squeeze=False)
-    lengths = sorted({row["seqlen"] for row in rows})
-    values = [row[name][field] for row in rows for name in ("flash", "standard") if field in row[name]]
     for axes, direction in zip(panels[0], passes):
-        axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", title=f"{title}, {PASSES[direction]}")
-        axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.45)
-        axes.set_ylim(min(values) / 2, max(values) * 4)
-        axes.xaxis.set_major_locator(FixedLocator(lengths))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: length(int(x))))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: form(y)))
-        axes.grid(axis="y", color="#eceef1", zorder=0)
-        axes.tick_params(which="both", length=0)
-        axes.yaxis.set_minor_locator(NullLocator())
-        series(axes, rows, direction, field, form)
+        panel(axes, rows, direction, field, title, form)
     panels[0][0].legend(frameon=False, loc="upper left", labelcolor="linecolor", handlelength=1.2)
+    return svg(figure)
+
+
+def summary(rows):
+    """Time and extra memory of the forward pass: the picture of README.md."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.5))
+    rows = [row for row in rows if row["pass"] == "fwd"]
+    panel(left, rows, "fwd", "seconds", "Time", duration)
+    panel(right, rows, "fwd", "extra_bytes", "Extra memory", lambda value: si(value, "B"))
+    left.legend(frameon=False, loc="upper left", labelcolor="linecolor", handlelength=1.2)
     return svg(figure)
 
 
@@ -110,7 +121,7 @@ def roofline(rows, rates, machine):
         for name, color in (("standard", STANDARD), ("flash", FLASH)):
             cell = row[name]
             if "seconds" in cell:
-                points.append((cell["flops"] / cell["moved_bytes"], cell["flops"] / cell["seconds"], color, row["pass"], row["seqlen"]))
+                points.append((row["flops"] / cell["moved_bytes"], row["flops"] / cell["seconds"], color, row["pass"], row["seqlen"]))
     ridge = peak / bandwidth
     left, right = min(ridge / 4, *(p[0] / 2 for p in points)), max(ridge * 8, *(p[0] * 2.5 for p in points))
     low = min(p[1] for p in points) / 2.5
@@ -148,39 +159,33 @@ def roofline(rows, rates, machine):
     return svg(figure)
 
 
-def tile_kind(first_row, end_row, first_key, end_key, offset):
-    """What a causal mask leaves of a tile."""
-    if first_key > end_row - 1 + offset:
-        return "skipped"
-    return "full" if end_key - 1 <= first_row + offset else "masked"
-
-
-def tile_plan(seqlen_q, seqlen_k, block_m, block_n, desk_row):
-    """The score matrix of one head under a causal mask, cut into tiles, and the tiles of one work item on the desk.
-
-    Returns the picture and how many tiles of each kind were drawn."""
-    colors = {"full": "#9cc6e3", "masked": "#4d9bcc", "skipped": "#f1f2f4"}
-    counts = dict.fromkeys(colors, 0)
-    m_blocks, n_blocks = math.ceil(seqlen_q / block_m), math.ceil(seqlen_k / block_n)
-    figure, axes = plt.subplots(figsize=(8.6, 5.0))
-    for m in range(m_blocks):
-        for n in range(n_blocks):
-            rows, keys = (m * block_m, min((m + 1) * block_m, seqlen_q)), (n * block_n, min((n + 1) * block_n, seqlen_k))
-            kind = tile_kind(*rows, *keys, seqlen_k - seqlen_q)
-            counts[kind] += 1
-            axes.add_patch(Rectangle((keys[0], rows[0]), keys[1] - keys[0], rows[1] - rows[0], facecolor=colors[kind], edgecolor="white"))
-    row = min(desk_row, m_blocks - 1)
-    top, bottom = row * block_m, min((row + 1) * block_m, seqlen_q)
-    touched = min(math.ceil((bottom + seqlen_k - seqlen_q) / block_n) * block_n, seqlen_k)
-    axes.add_patch(Rectangle((0, top), touched, bottom - top, fill=False, edgecolor=STANDARD, linewidth=2))
-    axes.text(seqlen_k * 1.02, (top + bottom) / 2, "one work item:\nits queries stay on the desk,\nkeys and values pass by,\ntile after tile",
-              color=STANDARD, va="center")
-    axes.plot([seqlen_k - seqlen_q, seqlen_k], [0, seqlen_q], color=INK, linewidth=1, linestyle=":")
-    axes.set(xlim=(0, seqlen_k), ylim=(seqlen_q, 0), aspect="equal", xlabel=f"keys, {block_n} to a tile", ylabel=f"queries, {block_m} to a block")
+def tile_plan(explanation, highlight=0.65):
+    """The scores of one head as `tilewise explain` cuts them into tiles, with one work item framed."""
+    colors = {"full": "#9cc6e3", "masked": "#4d9bcc", "skipped": "#f1f2f4", "mixed": "#c9ced6"}
+    names = {"full": "no mask needed", "masked": "mask applied", "skipped": "never touched"}
+    tiles, picture = explanation["tiles"], explanation["picture"]
+    kinds = {picture[kind]: kind for kind in names}
+    cells = picture["rows"]
+    height, width = tiles["block_m"] * picture["tiles_down"], tiles["block_n"] * picture["tiles_across"]
+    seqlen_q, seqlen_k = (int(re.search(rf"\b{letter}(\d+)", explanation["problem"]).group(1)) for letter in "qk")
+    figure, axes = plt.subplots(figsize=(8.6, 4.8))
+    for m, row in enumerate(cells):
+        for n, sign in enumerate(row):
+            box = (n * width, m * height), min(width, seqlen_k - n * width), min(height, seqlen_q - m * height)
+            axes.add_patch(Rectangle(*box, facecolor=colors[kinds.get(sign, "mixed")], edgecolor="white"))
+    m = int(len(cells) * highlight)
+    touched = len(cells[m].rstrip(picture["skipped"])) * width
+    top, bottom = m * height, min((m + 1) * height, seqlen_q)
+    axes.add_patch(Rectangle((0, top), min(touched, seqlen_k), bottom - top, fill=False, edgecolor=STANDARD, linewidth=2))
+    axes.text(seqlen_k * 1.03, (top + bottom) / 2, "one work item:\nits queries stay on the desk,\nkeys and values pass by,\ntile after tile",
+              color=STANDARD, va="center")  # fmt: skip
+    axes.set(xlim=(0, seqlen_k), ylim=(seqlen_q, 0), aspect="equal")
+    axes.set(xlabel=f"keys, {tiles['block_n']} to a tile", ylabel=f"queries, {tiles['block_m']} to a block")
     for spine in axes.spines.values():
         spine.set_visible(False)
+    axes.xaxis.set_major_locator(MultipleLocator(seqlen_k // 4))
+    axes.yaxis.set_major_locator(MultipleLocator(seqlen_q // 4))
     axes.tick_params(length=0)
-    names = {"full": "no mask needed", "masked": "mask applied", "skipped": "never touched"}
-    handles = [Patch(facecolor=colors[kind], edgecolor=FAINT, label=f"{names[kind]}: {counts[kind]}") for kind in colors]
-    axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    return svg(figure), counts
+    handles = [Patch(facecolor=colors[kind], edgecolor=FAINT, label=f"{name}: {tiles[kind]}") for kind, name in names.items()]
+    axes.legend(handles=handles, title="tiles", alignment="left", frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return svg(figure)
