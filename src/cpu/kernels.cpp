@@ -185,8 +185,8 @@ struct BackwardWorkspace {
 };
 
 // dsink_h = -sum over rows of exp(sink - lse) * delta, row after row.
-void sink_gradients(const Problem& problem, const Params& p, float* dsink) {
-#pragma omp parallel for schedule(static)
+void sink_gradients(const Problem& problem, const Params& p, int threads, float* dsink) {
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int head = 0; head < p.num_heads_q; ++head) {
     double sum = 0;
     for (int b = 0; b < p.batch; ++b) {
@@ -214,7 +214,7 @@ Status backward(const Isa& isa, const Problem& p, const Device& device, const Ar
   const int64_t groups = p.batch * p.num_heads_kv;
   for_each_item(groups, device.units, workspace, at.scratch,
                 [&](int64_t i, char*) { isa.backward_delta(params, static_cast<int>(i / heads), static_cast<int>(i % heads)); });
-  if (a.dsink) sink_gradients(p, params, static_cast<float*>(a.dsink.data));
+  if (a.dsink) sink_gradients(p, params, device.units, static_cast<float*>(a.dsink.data));
   const int chunks = params.chunks_apart ? std::max(std::min(kMaxChunks, ceil_div(params.seqlen_k, kChunkKeys)), 1) : 1;
   for_each_item(groups * chunks, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
     const int64_t i = item / chunks;
