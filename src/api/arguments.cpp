@@ -81,11 +81,12 @@ Status check_given(const char* name, const TensorView& view, DataType dtype, con
   };
   if (view.shape[last] > 1 && view.stride[last] != 1) return stride_error(last, "but the last dimension must be contiguous (stride 1)");
   for (size_t i = 0; i < last; ++i) {
+    if (view.shape[i] == 1) continue;
     int64_t span = 0;
     if (__builtin_mul_overflow(view.stride[i], view.shape[i] * element_bytes(dtype), &span)) {
       return stride_error(i, "which times its extent " + std::to_string(view.shape[i]) + " does not fit in 64 bits");
     }
-    if (use == Use::kWritten && view.shape[i] > 1 && std::abs(view.stride[i]) < view.shape[last]) {
+    if (use == Use::kWritten && std::abs(view.stride[i]) < view.shape[last]) {
       return stride_error(i, "so that elements of this output overlap");
     }
   }

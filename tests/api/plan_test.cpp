@@ -179,6 +179,7 @@ TEST(Arguments, HaveUsableStridesAndAddresses) {
             "lse has stride 0 in its dimension seqlen_q, but the last dimension must be contiguous (stride 1)");
   EXPECT_EQ(error_with("q5 h4 d1", [](auto& a) { a.q.stride[3] = 77; }), "") << "an extent of 1 has any stride";
   EXPECT_EQ(error_with("q5 h4 d8", [](auto& a) { a.o.stride[0] = 0; }), "") << "an extent of 1 has any stride";
+  EXPECT_EQ(error_with("q5 h4 d8", [](auto& a) { a.q.stride[0] = INT64_MIN; }), "") << "an extent of 1 has any stride";
   EXPECT_EQ(error_with(kForward, [](auto& a) { a.k.stride[0] = 0; }), "") << "inputs may repeat";
   EXPECT_EQ(error_with(kForward, [](auto& a) { a.o.stride[0] = 0; }),
             "o has stride 0 in its dimension batch, so that elements of this output overlap");
