@@ -10,13 +10,14 @@ namespace tilewise::reference {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kWorkOfThreads = 1 << 16;  // fewer operations than this cost less than waking threads
 
 // A tensor of rank 3 or 4 as doubles in the order of its shape.
 std::vector<double> read_tensor(const TensorView& view) {
   const int dense = view.rank == 4;
   const int64_t batch = dense ? view.shape[0] : 1, rows = view.shape[dense], heads = view.shape[dense + 1], dim = view.shape[dense + 2];
   std::vector<double> values(static_cast<size_t>(batch * rows * heads * dim));
-#pragma omp parallel for
+#pragma omp parallel for if (static_cast <int64_t>(values.size()) > kWorkOfThreads)
   for (int64_t r = 0; r < batch * rows; ++r) {
     const int64_t row_offset = (dense ? r / rows * view.stride[0] : 0) + r % rows * view.stride[dense];
     for (int64_t h = 0; h < heads; ++h)
@@ -126,7 +127,7 @@ void forward(const Inputs& in, Outputs* out, Outputs* magnitudes) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = in.sequence(b);
     const Band band = make_band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right, p.alignment == Alignment::kTopLeft);
-#pragma omp parallel
+#pragma omp parallel if (in.heads * s.seqlen_q * s.seqlen_k * (in.dim + in.dim_v) > kWorkOfThreads)
     {
       Row row;
 #pragma omp for collapse(2) schedule(dynamic, 8)
@@ -230,7 +231,8 @@ Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* m
   if (magnitudes) *magnitudes = out;
   forward(in, &out, magnitudes);
   if (!with_gradients) return out;
-#pragma omp parallel for collapse(2) schedule(dynamic)
+  const int64_t work = static_cast<int64_t>(in.q.size()) * problem.seqlen_k;
+#pragma omp parallel for collapse(2) schedule(dynamic) if (work > kWorkOfThreads)
   for (int64_t b = 0; b < problem.batch; ++b)
     for (int64_t head_kv = 0; head_kv < in.heads_kv; ++head_kv) backward(in, in.sequence(b), b, head_kv, &out, magnitudes);
   add_dsinks(in, &out.dsink);

@@ -143,7 +143,8 @@ struct Operand {
   // Element offset of a row, counted over batch and sequence.
   int64_t offset(int64_t row, int64_t head) const {
     if (view.rank == 3) return row * view.stride[0] + head * view.stride[1];
-    return row / view.shape[1] * view.stride[0] + row % view.shape[1] * view.stride[1] + head * view.stride[2];
+    const int64_t seqlen = std::max<int64_t>(view.shape[1], 1);
+    return row / seqlen * view.stride[0] + row % seqlen * view.stride[1] + head * view.stride[2];
   }
   // Rows of one sequence and head, from row on.
   Rows at(int64_t row, int64_t head) {
@@ -233,6 +234,7 @@ struct Standard::State {
     const int64_t rows = of_keys ? s.seqlen_k : s.seqlen_q;
     return {b, head, rows * run / runs, rows * (run + 1) / runs, s, band};
   }
+  int team() const { return matrix_elements(problem) > 1 << 14 ? threads : 1; }  // for less, threads cost more than they bring
   int64_t runs(int64_t pairs, int64_t seqlen) const {
     if (pairs >= 2 * threads) return 1;
     return std::max<int64_t>(1, std::min(ceil_div<int64_t>(2 * threads, std::max<int64_t>(pairs, 1)), seqlen / kLeastRows));
@@ -513,13 +515,13 @@ Status Standard::forward(const Arguments& arguments) {
   State& s = *state_;
   openblas_set_num_threads(1);
   s.q.attach(arguments.q), s.k.attach(arguments.k), s.v.attach(arguments.v), s.o.attach(arguments.o);
-  for (Operand* input : {&s.q, &s.k, &s.v}) input->load(s.threads);
+  for (Operand* input : {&s.q, &s.k, &s.v}) input->load(s.team());
   const int64_t pairs = s.problem.batch * s.heads(), runs = s.runs(pairs, s.problem.seqlen_q);
   s.with_type([&]<class E>(E) {
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic) num_threads(s.team())
     for (int64_t index = 0; index < pairs * runs; ++index) s.forward_item<E>(arguments, s.item(arguments, index, s.heads(), runs, false));
   });
-  s.o.store(s.threads);
+  s.o.store(s.team());
   return {};
 }
 
@@ -529,22 +531,22 @@ Status Standard::backward(const Arguments& arguments) {
   openblas_set_num_threads(1);
   s.q.attach(arguments.q), s.k.attach(arguments.k), s.v.attach(arguments.v), s.do_.attach(arguments.do_);
   s.dq.attach(arguments.dq), s.dk.attach(arguments.dk), s.dv.attach(arguments.dv);
-  for (Operand* input : {&s.q, &s.k, &s.v, &s.do_}) input->load(s.threads);
+  for (Operand* input : {&s.q, &s.k, &s.v, &s.do_}) input->load(s.team());
   if (s.problem.seqused_k) s.dk.clear(), s.dv.clear();  // rows past the used keys belong to no item
   const int64_t pairs = s.problem.batch * s.heads(), pairs_kv = s.problem.batch * s.problem.num_heads_kv;
   const int64_t runs = s.runs(pairs, s.problem.seqlen_q), runs_kv = s.runs(pairs_kv, s.problem.seqlen_k);
   const bool with_dsink = s.problem.sink && arguments.dsink;
   std::vector<float> dsinks(with_dsink ? s.threads * s.heads() : 0);
   s.with_type([&]<class E>(E) {
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic) num_threads(s.team())
     for (int64_t index = 0; index < pairs * runs; ++index)
       s.backward_queries<E>(arguments, s.item(arguments, index, s.heads(), runs, false),
                             with_dsink ? &dsinks[omp_get_thread_num() * s.heads()] : nullptr);
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic) num_threads(s.team())
     for (int64_t index = 0; index < pairs_kv * runs_kv; ++index)
       s.backward_keys<E>(s.item(arguments, index, s.problem.num_heads_kv, runs_kv, true));
   });
-  for (Operand* output : {&s.dq, &s.dk, &s.dv}) output->store(s.threads);
+  for (Operand* output : {&s.dq, &s.dk, &s.dv}) output->store(s.team());
   for (int64_t head = 0; with_dsink && head < s.heads(); ++head) {
     float sum = 0;
     for (int thread = 0; thread < s.threads; ++thread) sum += dsinks[thread * s.heads() + head];

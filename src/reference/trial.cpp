@@ -52,7 +52,7 @@ void for_each_element(const TensorView& view, const F& f) {
   int64_t rows = 1;
   for (int d = 0; d + 1 < view.rank; ++d) rows *= view.shape[d];
   const int64_t width = view.shape[view.rank - 1];
-#pragma omp parallel for
+#pragma omp parallel for if (rows * width > 1 << 16)
   for (int64_t row = 0; row < rows; ++row) {
     int64_t offset = 0, rest = row;
     for (int d = view.rank - 2; d >= 0; --d) offset += rest % view.shape[d] * view.stride[d], rest /= view.shape[d];
