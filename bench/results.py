@@ -54,8 +54,10 @@ def slug():
 def commit():
     """The commit that was measured; "-dirty" where files that git tracks had been changed."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return "unknown"
 
 
 def load(path=None):
