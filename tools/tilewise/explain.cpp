@@ -1,0 +1,228 @@
+// tilewise explain: what a plan will do and what bounds it, as text with a picture of its tiles; tilewise devices.
+#include <fmt/format.h>
+#include <langinfo.h>
+
+#include <algorithm>
+#include <array>
+#include <clocale>
+#include <cstring>
+
+#include "tool.h"
+
+namespace tilewise::tool {
+namespace {
+
+// The tiles of one head group of one sequence at the problem's bounds, several to a cell where there are many.
+enum Cell : char { kSkipped, kMasked, kFull };
+struct Picture {
+  int64_t rows_per_cell = 1, columns_per_cell = 1;  // tiles
+  std::vector<std::vector<Cell>> cells;             // rows of queries, columns of keys
+};
+
+// Query i sees the keys i + offset - window_left <= j <= i + offset + window_right (docs/numerics.md), so the corners of
+// [q, q_end) x [k, k_end) tell whether any pair of it is visible and whether all are.
+Cell kind_of(const Problem& p, int64_t q, int64_t q_end, int64_t k, int64_t k_end) {
+  const int64_t offset = p.alignment == Alignment::kTopLeft ? 0 : p.seqlen_k - p.seqlen_q;
+  const bool left = p.window_left >= 0, right = p.window_right >= 0;
+  if ((left && k_end - 1 < q + offset - p.window_left) || (right && k > q_end - 1 + offset + p.window_right)) return kSkipped;
+  if ((left && k < q_end - 1 + offset - p.window_left) || (right && k_end - 1 > q + offset + p.window_right)) return kMasked;
+  return kFull;
+}
+
+Picture draw(const Problem& p, const TilePlan& tiles) {
+  constexpr int64_t kMaxRows = 16, kMaxColumns = 64;
+  const int64_t group = p.num_heads_q / p.num_heads_kv, rows = p.seqlen_q * group;
+  const int64_t m_blocks = (rows + tiles.block_m - 1) / tiles.block_m, n_blocks = (p.seqlen_k + tiles.block_n - 1) / tiles.block_n;
+  Picture picture;
+  picture.rows_per_cell = (m_blocks + kMaxRows - 1) / kMaxRows;
+  picture.columns_per_cell = (n_blocks + kMaxColumns - 1) / kMaxColumns;
+  for (int64_t m = 0; m < m_blocks; m += picture.rows_per_cell) {
+    auto& line = picture.cells.emplace_back();
+    const int64_t q = m * tiles.block_m / group;
+    const int64_t q_end = (std::min(rows, (m + picture.rows_per_cell) * tiles.block_m) - 1) / group + 1;
+    for (int64_t n = 0; n < n_blocks; n += picture.columns_per_cell)
+      line.push_back(kind_of(p, q, q_end, n * tiles.block_n, std::min(p.seqlen_k, (n + picture.columns_per_cell) * tiles.block_n)));
+  }
+  return picture;
+}
+
+// What the machine's measured rates make of a plan.
+struct Times {
+  double arithmetic, memory;  // of the useful work: no kernel is faster than the larger one
+  double limit, predicted;    // predicted: masked tiles cost as much as full ones
+  double standard;            // limit of standard attention
+};
+
+Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
+  const double rows = static_cast<double>(p.seqlen_q * (p.num_heads_q / p.num_heads_kv)), keys = static_cast<double>(p.seqlen_k);
+  const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
+  const double d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
+  const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
+  const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
+  return {e.flops / rates.flops_per_second, e.flash_bytes / rates.bytes_per_second, limit_seconds(e.flops, e.flash_bytes, rates),
+          limit_seconds(computed, e.flash_bytes, rates), limit_seconds(e.flops, e.standard_bytes, rates)};
+}
+
+// The glyphs of Cell; ASCII where the terminal knows no more.
+std::array<const char*, 3> glyphs() {
+  std::setlocale(LC_CTYPE, "");
+  if (std::strcmp(nl_langinfo(CODESET), "UTF-8") == 0) return {"·", "▒", "█"};
+  return {".", "+", "#"};
+}
+
+const char* desk_name(const Device& device) { return device.type == DeviceType::kCpu ? "L2 cache of a core" : "shared memory of an SM"; }
+const char* unit_name(const Device& device) { return device.type == DeviceType::kCpu ? "threads" : "CTAs"; }
+
+void print(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
+  const auto row = [](const char* name, const std::string& text) { fmt::print("{:<11} {}\n", name, text); };
+  const Times times = times_of(p, e, rates);
+  row("problem", p.to_string());
+  row("device", device_text(device));
+  row("kernel", e.kernel);
+  for (const Candidate& candidate : e.candidates)
+    if (candidate.name != e.kernel) row("", candidate.name + ": " + (candidate.refusal.empty() ? "takes it too" : candidate.refusal));
+
+  row("tiles", fmt::format("{} rows x {} keys, {} of the {} {}", e.tiles.block_m, e.tiles.block_n, bytes_text(e.tiles.desk_bytes),
+                           bytes_text(device.desk_bytes), desk_name(device)));
+  row("", fmt::format("{} blocks of rows for {} {}", e.work_items, e.tiles.units, unit_name(device)));
+  const auto glyph = glyphs();
+  row("", fmt::format("{} full {}   {} masked {}   {} skipped {}", glyph[kFull], e.full_tiles, glyph[kMasked], e.masked_tiles,
+                      glyph[kSkipped], e.skipped_tiles));
+  const Picture picture = draw(p, e.tiles);
+  if (!picture.cells.empty()) {
+    const bool each = picture.rows_per_cell == 1 && picture.columns_per_cell == 1;
+    row("", "queries down, keys across, one sign " +
+                (each ? "a tile" : fmt::format("for {} x {} tiles", picture.rows_per_cell, picture.columns_per_cell)) + ":");
+  }
+  for (const auto& cells : picture.cells) {
+    std::string line;
+    for (const Cell cell : cells) line += glyph[cell];
+    row("", "  " + line);
+  }
+  row("arithmetic", si_text(e.flops) + "FLOP on visible pairs");
+  fmt::print("\n{:<11} {:>12} {:>12}\n", "", "flash", "standard");
+  const auto pair = [](const char* name, const std::string& flash, const std::string& standard, const std::string& note) {
+    fmt::print("{:<11} {:>12} {:>12}   {}\n", name, flash, standard, note);
+  };
+  pair("extra", bytes_text(static_cast<double>(e.flash_extra_bytes)), bytes_text(static_cast<double>(e.standard_extra_bytes)),
+       fmt::format("memory: workspace {} and lse", bytes_text(static_cast<double>(e.workspace_bytes))));
+  pair("traffic", bytes_text(e.flash_bytes), bytes_text(e.standard_bytes), "to and from memory");
+  pair("intensity", fmt::format("{:.1f}", e.intensity), fmt::format("{:.1f}", e.flops / e.standard_bytes),
+       fmt::format("FLOP/byte; this machine balances at {:.1f}", rates.flops_per_second / rates.bytes_per_second));
+  pair("limit", seconds_text(times.limit), seconds_text(times.standard),
+       fmt::format("at {}FLOP/s and {}B/s, measured", si_text(rates.flops_per_second), si_text(rates.bytes_per_second)));
+  pair("predicted", seconds_text(times.predicted), "",
+       fmt::format("bound by {}; masked tiles in full", times.arithmetic >= times.memory ? "arithmetic" : "memory"));
+}
+
+Json explanation_json(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
+  const Times times = times_of(p, e, rates);
+  const Picture picture = draw(p, e.tiles);
+  Json candidates = Json::array(), lines = Json::array();
+  for (const Candidate& candidate : e.candidates) candidates.push_back({{"name", candidate.name}, {"refusal", candidate.refusal}});
+  for (const auto& cells : picture.cells) {
+    std::string line;
+    for (const Cell cell : cells) line += ".+#"[cell];
+    lines.push_back(line);
+  }
+  return {{"problem", p.to_string()},
+          {"device", device_json(device)},
+          {"rates", {{"flops_per_second", rates.flops_per_second}, {"bytes_per_second", rates.bytes_per_second}}},
+          {"kernel", e.kernel},
+          {"candidates", candidates},
+          {"tiles",
+           {{"block_m", e.tiles.block_m},
+            {"block_n", e.tiles.block_n},
+            {"desk_bytes", e.tiles.desk_bytes},
+            {"units", e.tiles.units},
+            {"work_items", e.work_items},
+            {"full", e.full_tiles},
+            {"masked", e.masked_tiles},
+            {"skipped", e.skipped_tiles}}},
+          {"picture",
+           {{"tiles_down", picture.rows_per_cell},
+            {"tiles_across", picture.columns_per_cell},
+            {"full", "#"},
+            {"masked", "+"},
+            {"skipped", "."},
+            {"rows", lines}}},
+          {"flops", e.flops},
+          {"flash",
+           {{"bytes_moved", e.flash_bytes},
+            {"extra_bytes", e.flash_extra_bytes},
+            {"workspace_bytes", e.workspace_bytes},
+            {"intensity", e.intensity},
+            {"arithmetic_seconds", times.arithmetic},
+            {"memory_seconds", times.memory},
+            {"limit_seconds", times.limit},
+            {"predicted_seconds", times.predicted}}},
+          {"standard",
+           {{"bytes_moved", e.standard_bytes},
+            {"extra_bytes", e.standard_extra_bytes},
+            {"intensity", e.flops / e.standard_bytes},
+            {"limit_seconds", times.standard}}}};
+}
+
+struct ExplainOptions {
+  std::vector<std::string> problem;
+  bool json = false;
+  DeviceOptions device;
+};
+
+void explain_one(const ExplainOptions& options) {
+  const std::vector<Problem> problems = read_problems(options.problem);
+  if (problems.size() != 1) throw Failure(kBadRequest, fmt::format("explain takes one PROBLEM, not {}", problems.size()));
+  const Device device = options.device.open();
+  const Explanation e = require(explain(problems[0], device));
+  const Rates rates = rates_of(device, problems[0].dtype);
+  if (options.json)
+    write_json(explanation_json(problems[0], device, e, rates), "-");
+  else
+    print(problems[0], device, e, rates);
+}
+
+constexpr std::array kTypes = {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16};
+
+void list_devices(bool as_json) {
+  Json list = Json::array();
+  for (const Device& device : Device::all()) {
+    Json entry = device_json(device);
+    const bool cpu = device.type == DeviceType::kCpu;
+    if (!as_json) {
+      fmt::print("{} {}: {}\n", cpu ? "cpu" : "cuda", device.index, device_text(device));
+      fmt::print("  {:<9} {}, {} {}, {} {}\n", "memory", bytes_text(device.memory_bytes), desk_name(device), bytes_text(device.desk_bytes),
+                 cpu ? "L1" : "registers", bytes_text(device.near_bytes));
+    }
+    for (const DataType dtype : kTypes) {
+      const Rates rates = rates_of(device, dtype);
+      entry["rates"][dtype_name(dtype)] = {{"flops_per_second", rates.flops_per_second}, {"bytes_per_second", rates.bytes_per_second}};
+      if (as_json) continue;
+      if (dtype == kTypes[0]) fmt::print("  {:<9} {}B/s reading, measured\n", "traffic", si_text(rates.bytes_per_second));
+      fmt::print("  {:<9} {}FLOP/s of multiply-add, measured\n", dtype_name(dtype), si_text(rates.flops_per_second));
+    }
+    list.push_back(entry);
+  }
+  if (as_json) write_json(list, "-");
+}
+
+}  // namespace
+
+void add_explain(CLI::App* app) {
+  auto* command = app->add_subcommand("explain", "The tile plan of a problem, what it moves and what bounds it");
+  auto options = std::make_shared<ExplainOptions>();
+  command->add_option("problem", options->problem, "PROBLEM")->type_name("")->required();
+  command->add_flag("--json", options->json, "as JSON");
+  options->device.add_to(command);
+  command->footer("Example: tilewise explain q4096 h8 d64 causal");
+  command->callback([options] { explain_one(*options); });
+}
+
+void add_devices(CLI::App* app) {
+  auto* command = app->add_subcommand("devices", "The devices of this machine with their sizes and measured rates");
+  auto json = std::make_shared<bool>(false);
+  command->add_flag("--json", *json, "as JSON");
+  command->footer("Example: tilewise devices --json");
+  command->callback([json] { list_devices(*json); });
+}
+
+}  // namespace tilewise::tool

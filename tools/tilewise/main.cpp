@@ -1,0 +1,41 @@
+// tilewise: exact attention from the command line. Every failure is one sentence on stderr and an exit code.
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <new>
+
+#include "tool.h"
+
+int main(int argc, char** argv) {
+  using namespace tilewise::tool;
+  CLI::App app("Exact attention, tiled: FlashAttention on CPUs and NVIDIA GPUs.", "tilewise");
+  app.set_version_flag("--version", "tilewise " TILEWISE_VERSION);
+  app.require_subcommand(1);
+  app.footer(
+      "A PROBLEM is one line of words: [fwd|bwd] [bN] qN kN hN[/N] dN[/N] [fp32|bf16|fp16] [causal] ..., for example\n"
+      "  \"bwd b2 q4096 k4096 h32/8 d128 bf16 causal\"\n"
+      "Exit codes: 0 done, 1 a result is wrong (verify), 2 bad usage, file or problem, 3 no such device or memory.\n"
+      "Each command shows its options and an example with --help.");
+  app.failure_message([](const CLI::App*, const CLI::Error& error) { return fmt::format("tilewise: {}\n", error.what()); });
+  add_attend(&app);
+  add_bench(&app);
+  add_verify(&app);
+  add_explain(&app);
+  add_devices(&app);
+  try {
+    app.parse(argc, argv);
+    return std::fflush(stdout) == 0 ? 0 : kBadRequest;
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kBadRequest;
+  } catch (const Failure& failure) {
+    std::fflush(stdout);
+    fmt::print(stderr, "tilewise: {}\n", failure.what());
+    return failure.exit_code;
+  } catch (const std::bad_alloc&) {
+    fmt::print(stderr, "tilewise: not enough memory\n");
+    return kUnavailable;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "tilewise: {}\n", error.what());
+    return kBadRequest;
+  }
+}

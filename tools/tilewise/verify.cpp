@@ -1,0 +1,114 @@
+// tilewise verify: problems with drawn data against float64, errors beside those of standard attention in the same type.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "reference/trial.h"
+#include "tool.h"
+
+namespace tilewise::tool {
+namespace {
+
+struct VerifyOptions {
+  std::vector<std::string> problems;
+  int64_t fuzz = 0;
+  uint64_t seed = 0;
+  std::string layout = "bshd";
+  DeviceOptions device;
+};
+
+struct Case {
+  Problem problem;
+  uint64_t seed;
+  reference::Layout layout;
+};
+
+// Errors in units of standard attention's. Where one of the two has no error there is no ratio.
+struct Ratios {
+  double log_max = 0, log_mean = 0, count = 0;
+  void add(const reference::TensorReport& t) {
+    if (!(t.max > 0 && t.standard_max > 0)) return;
+    log_max += std::log(t.max / t.standard_max), log_mean += std::log(t.mean / t.standard_mean), ++count;
+  }
+};
+
+void print_header() { fmt::print("{:8} {:>11} {:>11}   {:>11} {:>11}\n", "", "max error", "standard", "mean error", "standard"); }
+
+void print_report(const reference::Report& report) {
+  for (const auto& t : report.tensors)
+    fmt::print("  {:6} {:11.2e} {:11.2e}   {:11.2e} {:11.2e}   {}\n", t.name, t.max, t.standard_max, t.mean, t.standard_mean,
+               t.pass ? "ok" : "WRONG: " + t.reason);
+}
+
+std::string repeat_line(const Case& c, const VerifyOptions& options) {
+  return reference::verify_line(c.problem, c.seed, c.layout) + options.device.to_string();
+}
+
+// A problem that no kernel takes is counted where problems are drawn, and ends the command where one was asked for.
+void verify(const VerifyOptions& options) {
+  const Device device = options.device.open();
+  std::vector<Case> cases;
+  for (const Problem& problem : read_problems(options.problems))
+    cases.push_back({problem, options.seed, require(reference::parse_layout(options.layout))});
+  for (int64_t n = 0; n < options.fuzz; ++n) {
+    const uint64_t seed = options.seed + static_cast<uint64_t>(n);
+    cases.push_back({reference::random_problem(seed), seed, reference::random_layout(seed)});
+  }
+  if (cases.empty()) throw Failure(kBadRequest, "verify needs a PROBLEM, an @file or --fuzz N");
+
+  Progress progress;
+  int64_t failed = 0, refused = 0;
+  std::map<std::string, Ratios> ratios;  // by tensor
+  if (options.fuzz == 0) print_header();
+  for (size_t n = 0; n < cases.size(); ++n) {
+    const Case& c = cases[n];
+    const bool drawn = n >= cases.size() - static_cast<size_t>(options.fuzz);
+    if (drawn) progress.show(fmt::format("problem {} of {}, {} wrong", n, cases.size(), failed), static_cast<double>(n) / cases.size());
+    const Result<reference::Report> report = reference::verify(c.problem, device, c.seed, c.layout);
+    if (drawn && !report && report.status().code() == StatusCode::kUnsupported) {
+      ++refused;
+      continue;
+    }
+    require(report.status());
+    if (!drawn) fmt::print("{}\n", c.problem.to_string());
+    if (!drawn || !report->pass) print_report(*report);
+    for (const auto& t : report->tensors) ratios[t.name].add(t);
+    if (report->pass) continue;
+    ++failed;
+    progress.clear();
+    fmt::print("wrong: {}\nrepeat: {}\n", report->first_failure, repeat_line(c, options));
+  }
+  progress.clear();
+  if (options.fuzz > 0) {
+    fmt::print("errors in units of standard attention's, geometric mean over the problems:\n");
+    for (const auto& [name, r] : ratios)
+      fmt::print("  {:6} max {:.2f}   mean {:.2f}\n", name, std::exp(r.log_max / r.count), std::exp(r.log_mean / r.count));
+  }
+  const size_t judged = cases.size() - static_cast<size_t>(refused);
+  fmt::print("{} of {} problems agree with float64 on {}{}\n", judged - static_cast<size_t>(failed), judged, device_text(device),
+             refused ? fmt::format("; no kernel takes {} more", refused) : "");
+  if (failed > 0) throw Failure(kVerifyFailed, fmt::format("{} of {} problems are wrong", failed, judged));
+  if (judged == 0) throw Failure(kBadRequest, "no kernel takes any of the problems");
+}
+
+}  // namespace
+
+void add_verify(CLI::App* app) {
+  auto* command = app->add_subcommand("verify", "Results and gradients against float64, beside standard attention's error");
+  auto options = std::make_shared<VerifyOptions>();
+  command->add_option("problem", options->problems, "PROBLEM, or @FILE with one per line")->type_name("");
+  command->add_option("--fuzz", options->fuzz, "so many problems, drawn from seed, seed + 1, ...")
+      ->type_name("N")
+      ->check(CLI::Range(0, 100'000'000).description(""));
+  command->add_option("--seed", options->seed, "of the data")->type_name("N")->capture_default_str();
+  command->add_option("--layout", options->layout, "strides of the tensors: bshd, bhsd, gaps or permuted")
+      ->type_name("NAME")
+      ->capture_default_str();
+  options->device.add_to(command);
+  command->footer("Example: tilewise verify \"bwd b2 q300 k300 h8/2 d64 bf16 causal\"\n         tilewise verify --fuzz 1000 --seed 1");
+  command->callback([options] { verify(*options); });
+}
+
+}  // namespace tilewise::tool
