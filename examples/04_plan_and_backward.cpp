@@ -16,8 +16,7 @@ int main() {
   Problem gradient_problem = problem;
   gradient_problem.pass = Pass::kBackward;
   const Plan forward_plan = Plan::make(problem).value(), backward_plan = Plan::make(gradient_problem).value();
-  Buffer workspace =
-      Buffer::make(Device::cpu(), std::max(forward_plan.workspace_bytes(), backward_plan.workspace_bytes())).value();
+  Buffer workspace = Buffer::make(Device::cpu(), std::max(forward_plan.workspace_bytes(), backward_plan.workspace_bytes())).value();
 
   std::mt19937 random(1);
   std::normal_distribution<float> normal;

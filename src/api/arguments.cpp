@@ -34,10 +34,14 @@ int64_t element_bytes(DataType dtype) { return dtype == DataType::kFloat32 || dt
 
 const char* name_of(DataType dtype) {
   switch (dtype) {
-    case DataType::kFloat32: return "float32";
-    case DataType::kBFloat16: return "bfloat16";
-    case DataType::kFloat16: return "float16";
-    case DataType::kInt32: return "int32";
+    case DataType::kFloat32:
+      return "float32";
+    case DataType::kBFloat16:
+      return "bfloat16";
+    case DataType::kFloat16:
+      return "float16";
+    case DataType::kInt32:
+      return "int32";
   }
   return "unknown";
 }
@@ -49,10 +53,10 @@ std::string listed(int rank, auto&& item) {
 }
 
 Status wrong_shape(const char* name, const TensorView& view, const Shape& shape) {
-  return invalid_argument(
-      std::string(name) + " has shape " + listed(std::min(view.rank, 4), [&](size_t i) { return std::to_string(view.shape[i]); }) +
-      (view.rank > 4 ? " and more dimensions" : "") + ", but the problem needs " +
-      listed(shape.rank, [&](size_t i) { return shape.dims[i].name + (" " + std::to_string(shape.dims[i].extent)); }));
+  return invalid_argument(std::string(name) + " has shape " +
+                          listed(std::min(view.rank, 4), [&](size_t i) { return std::to_string(view.shape[i]); }) +
+                          (view.rank > 4 ? " and more dimensions" : "") + ", but the problem needs " +
+                          listed(shape.rank, [&](size_t i) { return shape.dims[i].name + (" " + std::to_string(shape.dims[i].extent)); }));
 }
 
 bool has_shape(const TensorView& view, const Shape& shape) {

@@ -1,11 +1,10 @@
 // The C99 ABI: every function copies its structures to their C++ nouns, calls the library and keeps the message of an error
 // for its thread. No exception leaves this file.
-#include "tilewise/tilewise.h"
-
 #include <algorithm>
 #include <cstring>
 #include <new>
 
+#include "tilewise/tilewise.h"
 #include "tilewise/tilewise.hpp"
 
 struct tw_plan {

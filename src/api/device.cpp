@@ -14,7 +14,8 @@ TensorView TensorView::contiguous(const void* data, DataType dtype, std::initial
   view.rank = static_cast<int>(shape.size());  // more than four dimensions are refused wherever the view is used
   std::copy_n(shape.begin(), std::min(shape.size(), view.shape.size()), view.shape.begin());
   int64_t stride = 1;
-  for (size_t i = std::min(shape.size(), view.shape.size()); i-- > 0; stride *= std::max<int64_t>(view.shape[i], 1)) view.stride[i] = stride;
+  for (size_t i = std::min(shape.size(), view.shape.size()); i-- > 0; stride *= std::max<int64_t>(view.shape[i], 1))
+    view.stride[i] = stride;
   return view;
 }
 

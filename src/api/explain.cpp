@@ -114,9 +114,9 @@ class Counter {
   int64_t seqlen_q_ = -1, seqlen_k_ = -1;  // of counts_
   GroupCounts counts_;
   double items_ = 0, full_ = 0, masked_ = 0, skipped_ = 0, keys_read_ = 0, rows_read_ = 0, pairs_ = 0;
-  double rows_ = 0;                       // (query, head)
+  double rows_ = 0;                        // (query, head)
   double group_keys_ = 0, head_keys_ = 0;  // keys, once per key/value head and once per query head
-  double scores_ = 0;                     // elements of S, which a mask does not make smaller
+  double scores_ = 0;                      // elements of S, which a mask does not make smaller
 };
 
 Status check_lengths(const char* name, const std::vector<int32_t>& lengths, int64_t batch, int64_t bound) {

@@ -77,7 +77,8 @@ Result<Problem> problem_of(Pass pass, const TensorView& q, const TensorView& k, 
   p.dtype = q.dtype;
   if (p.packed) {
     if (options.cu_seqlens_q.rank != 1) {
-      return invalid_argument("cu_seqlens_q has " + std::to_string(options.cu_seqlens_q.rank) + " dimensions, but it has shape [batch + 1]");
+      return invalid_argument("cu_seqlens_q has " + std::to_string(options.cu_seqlens_q.rank) +
+                              " dimensions, but it has shape [batch + 1]");
     }
     p.batch = options.cu_seqlens_q.shape[0] - 1;
     p.total_q = q.shape[0];

@@ -15,10 +15,14 @@ std::string quoted(std::string_view token) { return "token '" + std::string(toke
 
 std::string_view dtype_name(DataType dtype) {
   switch (dtype) {
-    case DataType::kFloat32: return "fp32";
-    case DataType::kBFloat16: return "bf16";
-    case DataType::kFloat16: return "fp16";
-    case DataType::kInt32: return "int32";
+    case DataType::kFloat32:
+      return "fp32";
+    case DataType::kBFloat16:
+      return "bf16";
+    case DataType::kFloat16:
+      return "fp16";
+    case DataType::kInt32:
+      return "int32";
   }
   return "unknown";
 }
@@ -33,7 +37,9 @@ class Parser {
  public:
   Status take(std::string_view token) {
     const auto word = [&](std::string_view name) { return token == name; };
-    const auto assigned = [&](std::string_view name) { return token.size() > name.size() && token.starts_with(name) && token[name.size()] == '='; };
+    const auto assigned = [&](std::string_view name) {
+      return token.size() > name.size() && token.starts_with(name) && token[name.size()] == '=';
+    };
     const auto counted = [&](std::string_view name) {  // "b2": the letters, then a digit
       return token.size() > name.size() && token.starts_with(name) && (is_digit(token[name.size()]) || token[name.size()] == '-');
     };
@@ -80,8 +86,25 @@ class Parser {
 
  private:
   enum Field {
-    kPass, kDtype, kBatch, kQ, kK, kHeads, kDims, kWindow, kAlignment, kPacked, kTotalQ, kTotalK, kSeqused, kScale, kSoftcap, kAlibi,
-    kSink, kDeterministic, kFields
+    kPass,
+    kDtype,
+    kBatch,
+    kQ,
+    kK,
+    kHeads,
+    kDims,
+    kWindow,
+    kAlignment,
+    kPacked,
+    kTotalQ,
+    kTotalK,
+    kSeqused,
+    kScale,
+    kSoftcap,
+    kAlibi,
+    kSink,
+    kDeterministic,
+    kFields
   };
 
   static bool is_digit(char c) { return c >= '0' && c <= '9'; }
@@ -123,7 +146,8 @@ class Parser {
     if (Status status = once(field, token); !status.ok()) return status;
     const std::string_view text = token.substr(prefix);
     const size_t middle = text.find(separator);
-    if (middle == text.npos && separator == ',') return invalid_argument(quoted(token) + " needs two numbers, as in window=128,0 (-1: unbounded)");
+    if (middle == text.npos && separator == ',')
+      return invalid_argument(quoted(token) + " needs two numbers, as in window=128,0 (-1: unbounded)");
     if (Status status = number(token, text.substr(0, middle), left); !status.ok()) return status;
     if (middle == text.npos) {
       right = left;
@@ -188,7 +212,8 @@ Status Problem::validate() const {
   const auto refuse = [](std::string_view name, int64_t value, std::string_view rule) {
     return invalid_argument(std::string(name) + ' ' + std::to_string(value) + ' ' + std::string(rule));
   };
-  if (pass != Pass::kForward && pass != Pass::kBackward) return refuse("pass", static_cast<int64_t>(pass), "is neither forward nor backward");
+  if (pass != Pass::kForward && pass != Pass::kBackward)
+    return refuse("pass", static_cast<int64_t>(pass), "is neither forward nor backward");
   if (dtype != DataType::kFloat32 && dtype != DataType::kBFloat16 && dtype != DataType::kFloat16) {
     return invalid_argument("dtype " + std::string(dtype_name(dtype)) + " is none of fp32, bf16 and fp16");
   }
@@ -220,12 +245,14 @@ Status Problem::validate() const {
   for (const Total& total : {Total{"total_q", "seqlen_q", total_q, seqlen_q}, Total{"total_k", "seqlen_k", total_k, seqlen_k}}) {
     if (!packed && total.value != 0) return refuse(total.name, total.value, "is given, but the problem is not packed");
     if (packed && total.value > batch * total.seqlen) {
-      return refuse(total.name, total.value, "is more than batch " + std::to_string(batch) + " times " + std::string(total.bound) + ' ' +
-                                                 std::to_string(total.seqlen));
+      return refuse(
+          total.name, total.value,
+          "is more than batch " + std::to_string(batch) + " times " + std::string(total.bound) + ' ' + std::to_string(total.seqlen));
     }
   }
 
-  if (softmax_scale && !std::isfinite(*softmax_scale)) return invalid_argument("softmax_scale " + shortest(*softmax_scale) + " is not finite");
+  if (softmax_scale && !std::isfinite(*softmax_scale))
+    return invalid_argument("softmax_scale " + shortest(*softmax_scale) + " is not finite");
   if (!std::isfinite(softcap)) return invalid_argument("softcap " + shortest(softcap) + " is not finite");
   if (softcap < 0) return invalid_argument("softcap " + shortest(softcap) + " is negative");
 

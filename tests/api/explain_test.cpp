@@ -54,8 +54,12 @@ void expect_equal(const Problem& p, const Lengths& lengths, const std::vector<st
     const Band band = make_band(seqlen_q, seqlen_k, p.window_left, p.window_right, p.alignment == Alignment::kTopLeft);
     const Count c = brute_force(band, group, e.tiles);
     sum.pairs += c.pairs * p.num_heads_q;
-    for (auto [to, from] : {std::pair{&sum.items, c.items}, {&sum.full, c.full}, {&sum.masked, c.masked}, {&sum.skipped, c.skipped},
-                            {&sum.keys_read, c.keys_read}, {&sum.rows_read, c.rows_read}}) {
+    for (auto [to, from] : {std::pair{&sum.items, c.items},
+                            {&sum.full, c.full},
+                            {&sum.masked, c.masked},
+                            {&sum.skipped, c.skipped},
+                            {&sum.keys_read, c.keys_read},
+                            {&sum.rows_read, c.rows_read}}) {
       *to += from * p.num_heads_kv;
     }
     rows += seqlen_q * p.num_heads_q;

@@ -118,11 +118,12 @@ TEST(Arguments, AreAllNeeded) {
 
 TEST(Arguments, ThatTheProblemDoesNotHaveAreRefused) {
   EXPECT_EQ(error_with(kForward, [](auto& a) { a.sink = a.lse; }), "sink is given, but the problem is not made with sink");
-  EXPECT_EQ(error_with(kForward, [](auto& a) { a.alibi_slopes = a.lse; }),
-            "alibi_slopes is given, but the problem is not made with alibi");
+  EXPECT_EQ(error_with(kForward, [](auto& a) { a.alibi_slopes = a.lse; }), "alibi_slopes is given, but the problem is not made with alibi");
   EXPECT_EQ(error_with(kForward, [](auto& a) { a.seqused_k = a.lse; }), "seqused_k is given, but the problem is not made with seqused_k");
-  EXPECT_EQ(error_with(kForward, [](auto& a) { a.cu_seqlens_q = a.lse; }), "cu_seqlens_q is given, but the problem is not made with packed");
-  EXPECT_EQ(error_with(kForward, [](auto& a) { a.cu_seqlens_k = a.lse; }), "cu_seqlens_k is given, but the problem is not made with packed");
+  EXPECT_EQ(error_with(kForward, [](auto& a) { a.cu_seqlens_q = a.lse; }),
+            "cu_seqlens_q is given, but the problem is not made with packed");
+  EXPECT_EQ(error_with(kForward, [](auto& a) { a.cu_seqlens_k = a.lse; }),
+            "cu_seqlens_k is given, but the problem is not made with packed");
   EXPECT_EQ(error_with("bwd q5 d8", [](auto& a) { a.dsink = a.dlse; }), "dsink is given, but the problem is not made with sink");
 }
 
@@ -141,7 +142,8 @@ TEST(Arguments, HaveTheShapeOfTheProblem) {
             "lse has shape [2, 4, 6], but the problem needs [batch 2, num_heads_q 4, seqlen_q 5]");
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.v.shape[0] = 11; }),
             "v has shape [11, 2, 8], but the problem needs [total_k 10, num_heads_kv 2, head_dim_v 8]");
-  EXPECT_EQ(error_with(kPacked, [](auto& a) { a.lse.shape[1] = 10; }), "lse has shape [4, 10], but the problem needs [num_heads_q 4, total_q 9]");
+  EXPECT_EQ(error_with(kPacked, [](auto& a) { a.lse.shape[1] = 10; }),
+            "lse has shape [4, 10], but the problem needs [num_heads_q 4, total_q 9]");
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.cu_seqlens_k.shape[0] = 2; }),
             "cu_seqlens_k has shape [2], but the problem needs [batch + 1 3]");
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.seqused_k.shape[0] = 3; }), "seqused_k has shape [3], but the problem needs [batch 2]");
@@ -163,7 +165,8 @@ TEST(Arguments, HaveTheShapeOfTheProblem) {
 
 TEST(Arguments, HaveTheTypeOfTheProblem) {
   EXPECT_EQ(error_with(kForward, [](auto& a) { a.k.dtype = DataType::kFloat16; }), "k has dtype float16, but the problem needs float32");
-  EXPECT_EQ(error_with("q5 d8 bf16", [](auto& a) { a.o.dtype = DataType::kFloat32; }), "o has dtype float32, but the problem needs bfloat16");
+  EXPECT_EQ(error_with("q5 d8 bf16", [](auto& a) { a.o.dtype = DataType::kFloat32; }),
+            "o has dtype float32, but the problem needs bfloat16");
   EXPECT_EQ(error_with("q5 d8 bf16", [](auto& a) { a.lse.dtype = DataType::kBFloat16; }),
             "lse has dtype bfloat16, but the problem needs float32");
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.cu_seqlens_q.dtype = DataType::kFloat32; }),

@@ -34,8 +34,9 @@ TEST(Problem, PrintsEveryToken) {
   p.seqused_k = p.alibi = p.sink = p.deterministic = true;
   p.softmax_scale = 0.1f;
   p.softcap = 30;
-  EXPECT_EQ(p.to_string(),
-            "bwd b2 q4096 k8192 h32/8 d128/64 bf16 causal topleft packed tq300 tk400 seqused scale=0.1 softcap=30 alibi sink deterministic");
+  EXPECT_EQ(
+      p.to_string(),
+      "bwd b2 q4096 k8192 h32/8 d128/64 bf16 causal topleft packed tq300 tk400 seqused scale=0.1 softcap=30 alibi sink deterministic");
   EXPECT_EQ(*Problem::parse(p.to_string()), p);
 }
 
@@ -144,8 +145,9 @@ TEST(Problem, IllegalProblemsAreRefused) {
            Rule{"q4 d8 scale=-inf", "softmax_scale -inf is not finite"},
            Rule{"q4 d8 softcap=inf", "softcap inf is not finite"},
            Rule{"q4 d8 softcap=-1", "softcap -1 is negative"},
-           Rule{"b1000000000 q1000000000 d8", "q of 1000000000000000000 rows, 1 heads and 8 dimensions has more elements than "
-                                              "36028797018963967"},
+           Rule{"b1000000000 q1000000000 d8",
+                "q of 1000000000000000000 rows, 1 heads and 8 dimensions has more elements than "
+                "36028797018963967"},
        }) {
     EXPECT_EQ(error_of(rule.text), rule.error) << rule.text;
   }
