@@ -41,8 +41,14 @@ void add_scaled(double* target, double factor, const double* source, int64_t n) 
   for (int64_t x = 0; x < n; ++x) target[x] += factor * source[x];
 }
 
-void add_magnitude(double* target, double factor, const double* source, int64_t n) {
-  for (int64_t x = 0; x < n; ++x) target[x] += std::abs(factor * source[x]);
+void add_squares(double* target, double factor, const double* source, int64_t n) {
+  for (int64_t x = 0; x < n; ++x) target[x] += factor * source[x] * (factor * source[x]);
+}
+
+double dot_of_squares(const double* a, const double* b, int64_t n) {
+  double sum = 0;
+  for (int64_t x = 0; x < n; ++x) sum += a[x] * b[x] * (a[x] * b[x]);
+  return sum;
 }
 
 // What one query row sees: the scores of its visible keys and what softmax needs of them.
@@ -51,6 +57,17 @@ struct Row {
   std::vector<double> scores, slopes;  // d score / d (scaled product): below 1 under a softcap
   double lse = -kInfinity;
   bool sees_nothing = true;
+
+  // Errors of the scores are factors of 1 + error in p; scores are summed in float32 whatever the type of the tensors. A row
+  // whose weight lies on one key may be exact in standard attention by chance, one of many keys is not: sum(p^2) says which it is.
+  double noise_of_scores(DataType dtype, double noise_of_products) const {
+    double largest = 0, squares = 0;
+    for (double score : scores) {
+      squares += std::exp(2 * (score - lse));
+      if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
+    }
+    return std::sqrt(squares) * (dtype == DataType::kFloat32 ? 1 + largest + noise_of_products : 1);
+  }
 };
 
 struct Inputs {
@@ -91,6 +108,12 @@ struct Inputs {
     return view ? static_cast<const float*>(view.data)[head * view.stride[0]] : -kInfinity;
   }
 
+  double noise_of_products(const Sequence& s, int i, int64_t head, const Row& row) const {
+    double largest = 0;
+    for (int j : row.keys) largest = std::max(largest, dot_of_squares(q_row(s.q_row + i, head), k_row(s.k_row + j, head), dim));
+    return std::abs(problem.scale()) * std::sqrt(largest);
+  }
+
   void compute_row(const Sequence& s, const Band& band, int64_t b, int i, int64_t head, Row* row) const {
     const double scale = problem.scale(), softcap = problem.softcap, slope = alibi_slope(b, head), logit = sink(head);
     row->keys.clear(), row->scores.clear(), row->slopes.clear();
@@ -122,7 +145,7 @@ struct Inputs {
   }
 };
 
-void forward(const Inputs& in, Outputs* out, Outputs* magnitudes) {
+void forward(const Inputs& in, Outputs* out, Outputs* noise) {
   const Problem& p = in.problem;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = in.sequence(b);
@@ -135,37 +158,38 @@ void forward(const Inputs& in, Outputs* out, Outputs* magnitudes) {
         for (int i = 0; i < s.seqlen_q; ++i) {
           in.compute_row(s, band, b, i, head, &row);
           out->lse[in.lse_index(s, b, i, head)] = row.lse;
+          if (noise && std::isfinite(row.lse)) noise->lse[in.lse_index(s, b, i, head)] = row.lse * row.lse / 16;
           if (row.sees_nothing) continue;
           const int64_t at = ((s.q_row + i) * in.heads + head) * in.dim_v;
           for (size_t n = 0; n < row.keys.size(); ++n) {
             const double probability = std::exp(row.scores[n] - row.lse);
-            const double* v = in.v_row(s.k_row + row.keys[n], head);
-            add_scaled(&out->o[at], probability, v, in.dim_v);
-            if (magnitudes) add_magnitude(&magnitudes->o[at], probability, v, in.dim_v);
+            add_scaled(&out->o[at], probability, in.v_row(s.k_row + row.keys[n], head), in.dim_v);
           }
-          if (!magnitudes) continue;
-          double& largest = magnitudes->lse[in.lse_index(s, b, i, head)] = std::max(1.0, std::abs(row.lse));
-          for (double score : row.scores)
-            if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
+          if (!noise) continue;
+          const double of_scores = row.noise_of_scores(p.dtype, in.noise_of_products(s, i, head, row));
+          noise->lse[in.lse_index(s, b, i, head)] += of_scores * of_scores;
+          add_squares(&noise->o[at], 1, &out->o[at], in.dim_v);
+          for (size_t n = 0; n < row.keys.size(); ++n)
+            add_squares(&noise->o[at], of_scores * std::exp(row.scores[n] - row.lse), in.v_row(s.k_row + row.keys[n], head), in.dim_v);
         }
     }
   }
 }
 
 // One key/value head of one sequence: it alone adds to its dk and dv, so that the order of the sums is fixed.
-void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, Outputs* out, Outputs* magnitudes) {
+void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, Outputs* out, Outputs* noise) {
   const Problem& p = in.problem;
   const Band band = make_band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right, p.alignment == Alignment::kTopLeft);
   const double scale = p.scale();
   Row row;
   std::vector<double> dp;
   for (int64_t head = head_kv * in.group; head < (head_kv + 1) * in.group; ++head) {
-    double dsink = 0, dsink_magnitude = 0;
+    double dsink = 0, dsink_noise = 0;
     for (int i = 0; i < s.seqlen_q; ++i) {
       in.compute_row(s, band, b, i, head, &row);
       const double* do_ = &in.do_[((s.q_row + i) * in.heads + head) * in.dim_v];
       const double dlse = in.dlse(s, b, i, head);
-      double delta = 0, delta_magnitude = 0;  // <do, o>
+      double delta = 0, delta_noise = 0;  // <do, o>; squared
       if (!row.sees_nothing) {
         dp.clear();
         for (size_t n = 0; n < row.keys.size(); ++n) {
@@ -173,7 +197,8 @@ void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, O
           delta += std::exp(row.scores[n] - row.lse) * dp[n];
         }
         const double* o = &out->o[((s.q_row + i) * in.heads + head) * in.dim_v];
-        for (int64_t x = 0; x < in.dim_v; ++x) delta_magnitude += std::abs(do_[x] * o[x]);
+        delta_noise = dot_of_squares(do_, o, in.dim_v) + delta * delta + dlse * dlse;
+        const double of_scores = noise ? row.noise_of_scores(p.dtype, in.noise_of_products(s, i, head, row)) : 0;
         const double* q = in.q_row(s.q_row + i, head);
         const int64_t dq_at = ((s.q_row + i) * in.heads + head) * in.dim;
         for (size_t n = 0; n < row.keys.size(); ++n) {
@@ -185,19 +210,20 @@ void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, O
           add_scaled(&out->dq[dq_at], ds, k, in.dim);
           add_scaled(&out->dk[dk_at], ds, q, in.dim);
           add_scaled(&out->dv[dv_at], probability, do_, in.dim_v);
-          if (!magnitudes) continue;
-          const double ds_magnitude = factor * (std::abs(dp[n]) + delta_magnitude + std::abs(dlse));
-          add_magnitude(&magnitudes->dq[dq_at], ds_magnitude, k, in.dim);
-          add_magnitude(&magnitudes->dk[dk_at], ds_magnitude, q, in.dim);
-          add_magnitude(&magnitudes->dv[dv_at], probability, do_, in.dim_v);
+          if (!noise) continue;
+          const double* v = in.v_row(k_row, head);
+          const double of_ds = of_scores * factor * std::sqrt(dot_of_squares(do_, v, in.dim_v) + dp[n] * dp[n] + delta_noise);
+          add_squares(&noise->dq[dq_at], of_ds, k, in.dim);
+          add_squares(&noise->dk[dk_at], of_ds, q, in.dim);
+          add_squares(&noise->dv[dv_at], of_scores * probability, do_, in.dim_v);
         }
       }
       if (row.lse == -kInfinity) continue;
       const double probability = std::exp(in.sink(head) - row.lse);
       dsink += probability * (dlse - delta);
-      dsink_magnitude += probability * (delta_magnitude + std::abs(dlse));
+      dsink_noise += probability * probability * (delta_noise + dlse * dlse);
     }
-    if (magnitudes) magnitudes->dsink[b * in.heads + head] = dsink_magnitude;
+    if (noise) noise->dsink[b * in.heads + head] = dsink_noise;
     out->dsink[b * in.heads + head] = dsink;
   }
 }
@@ -210,7 +236,7 @@ void add_dsinks(const Inputs& in, std::vector<double>* dsink) {
 
 }  // namespace
 
-Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* magnitudes) {
+Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* noise) {
   const bool with_gradients = problem.pass == Pass::kBackward;
   const Inputs in{problem,
                   arguments,
@@ -228,15 +254,19 @@ Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* m
     out.dv.assign(in.v.size(), 0.0);
     out.dsink.assign(problem.batch * in.heads, 0.0);  // one for each sequence until they are added
   }
-  if (magnitudes) *magnitudes = out;
-  forward(in, &out, magnitudes);
-  if (!with_gradients) return out;
-  const int64_t work = static_cast<int64_t>(in.q.size()) * problem.seqlen_k;
+  if (noise) *noise = out;
+  forward(in, &out, noise);
+  if (with_gradients) {
+    const int64_t work = static_cast<int64_t>(in.q.size()) * problem.seqlen_k;
 #pragma omp parallel for collapse(2) schedule(dynamic) if (work > kWorkOfThreads)
-  for (int64_t b = 0; b < problem.batch; ++b)
-    for (int64_t head_kv = 0; head_kv < in.heads_kv; ++head_kv) backward(in, in.sequence(b), b, head_kv, &out, magnitudes);
-  add_dsinks(in, &out.dsink);
-  if (magnitudes) add_dsinks(in, &magnitudes->dsink);
+    for (int64_t b = 0; b < problem.batch; ++b)
+      for (int64_t head_kv = 0; head_kv < in.heads_kv; ++head_kv) backward(in, in.sequence(b), b, head_kv, &out, noise);
+    add_dsinks(in, &out.dsink);
+    if (noise) add_dsinks(in, &noise->dsink);
+  }
+  if (!noise) return out;
+  for (std::vector<double>* squares : {&noise->o, &noise->lse, &noise->dq, &noise->dk, &noise->dv, &noise->dsink})
+    for (double& value : *squares) value = std::sqrt(value);
   return out;
 }
 

@@ -18,9 +18,9 @@ struct Outputs {
 };
 
 // Reads q, k, v, the lengths and modifiers; for Pass::kBackward also do_ and, where given, dlse. Never o and lse.
-// magnitudes, where given, becomes the sums of the absolute values of the terms that each output is a sum of: one
-// rounding error of the inputs of such a sum is of that size times the precision, however small the sum itself is.
-Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* magnitudes = nullptr);
+// noise, where given, becomes what one relative rounding error in every term of every sum comes to in each output, as the
+// root of the sum of squares and before it is multiplied by the precision: the error that luck alone explains.
+Outputs attention(const Problem& problem, const Arguments& arguments, Outputs* noise = nullptr);
 
 // 16-bit floats: rounding is to nearest, ties to even; NaN stays NaN.
 inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }

@@ -132,21 +132,22 @@ std::vector<int32_t> draw_lengths(Random* random, int64_t batch, int64_t longest
   return lengths;
 }
 
-// The bound that a tensor of few elements may miss by luck: so many roundings of the terms that make it.
-constexpr double kFloorMax = 2, kFloorMean = 0.5;
+// What luck may add to twice the standard computation's error: so many roundings of the sums that make an output. It
+// decides for short rows, where standard attention may be exact by chance (one key: p = 1); for long rows it is far below.
+constexpr double kFloorMax = 8, kFloorMean = 4;
 constexpr double kFrobenius32 = 2e-6;
 
 double unit_roundoff(DataType dtype) { return dtype == DataType::kFloat32 ? 0x1p-24 : dtype == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11; }
 
 struct Errors {
   double max = 0, mean = 0, mean_signed = 0, rel_frobenius = 0;
-  double magnitude_max = 0, magnitude_mean = 0;
+  double noise_max = 0, noise_mean = 0;
   int64_t misplaced = -1, misplaced_count = 0;  // first element that is NaN or infinite where it should not be, or not where it should
 };
 
 // Elements that counted(index) leaves out are not judged.
 template <class F>
-Errors errors_of(const TensorView& got, const std::vector<double>& expected, const std::vector<double>& magnitudes, const F& counted) {
+Errors errors_of(const TensorView& got, const std::vector<double>& expected, const std::vector<double>& noise, const F& counted) {
   const int64_t count = count_of(got);
   std::vector<double> values(count);
   for_each_element(got, [&](int64_t index, int64_t at) { values[index] = read_element(got.data, got.dtype, at); });
@@ -167,12 +168,12 @@ Errors errors_of(const TensorView& got, const std::vector<double>& expected, con
     e.mean += std::abs(error);
     e.mean_signed += error;
     squares += error * error, squares_expected += want * want;
-    e.magnitude_max = std::max(e.magnitude_max, magnitudes[n]);
-    e.magnitude_mean += magnitudes[n];
+    e.noise_max = std::max(e.noise_max, noise[n]);
+    e.noise_mean += noise[n];
     ++judged;
   }
   if (judged == 0) return e;
-  e.mean /= judged, e.mean_signed /= judged, e.magnitude_mean /= judged;
+  e.mean /= judged, e.mean_signed /= judged, e.noise_mean /= judged;
   e.rel_frobenius = squares_expected > 0 ? std::sqrt(squares / squares_expected) : std::sqrt(squares);
   return e;
 }
@@ -549,8 +550,8 @@ Result<Report> Trial::State::compare() {
     fail(&tensor_report, "memory around it is written");
   }
 
-  Outputs magnitudes;
-  const Outputs exact = attention(p, host_arguments, &magnitudes);
+  Outputs noise;
+  const Outputs exact = attention(p, host_arguments, &noise);
 
   // Standard attention multiplies unseen keys by 0: it gets copies in which they are 0.
   std::vector<std::vector<std::byte>> copies;
@@ -595,25 +596,25 @@ Result<Report> Trial::State::compare() {
   for (TensorReport& r : report.tensors) {
     const Tensor& t = tensor(r.name);
     const auto counted = [&](int64_t index) { return owned(t, index); };
-    const std::vector<double>&expected = values_of(exact, r.name), &sizes = values_of(magnitudes, r.name);
-    const Errors e = errors_of(t.host, expected, sizes, counted);
+    const std::vector<double>&expected = values_of(exact, r.name), &noises = values_of(noise, r.name);
+    const Errors e = errors_of(t.host, expected, noises, counted);
     r.max = e.max, r.mean = e.mean, r.mean_signed = e.mean_signed, r.rel_frobenius = e.rel_frobenius;
     r.standard_max = r.standard_mean = kNaN;
     if (e.misplaced_count > 0)
       fail(&r, std::to_string(e.misplaced_count) + " elements are not finite or should not be, the first at " +
                    std::to_string(e.misplaced) + " where float64 has " + number(expected[e.misplaced]));
-    const double floor = unit_roundoff(r.name == "lse" || r.name == "dsink" ? DataType::kFloat32 : p.dtype);
+    const double floor = unit_roundoff(r.name == "lse" ? DataType::kFloat32 : p.dtype);
     double frobenius_bound = kFrobenius32;
     if (has_standard) {
-      const Errors standard_errors = errors_of(standard_arguments.*t.member, expected, sizes, counted);
+      const Errors standard_errors = errors_of(standard_arguments.*t.member, expected, noises, counted);
       r.standard_max = standard_errors.max, r.standard_mean = standard_errors.mean;
       frobenius_bound = std::max(frobenius_bound, 2 * standard_errors.rel_frobenius);
-      const double max_bound = 2 * r.standard_max + kFloorMax * floor * e.magnitude_max;
-      const double mean_bound = 2 * r.standard_mean + kFloorMean * floor * e.magnitude_mean;
+      const double max_bound = 2 * r.standard_max + kFloorMax * floor * e.noise_max;
+      const double mean_bound = 2 * r.standard_mean + kFloorMean * floor * e.noise_mean;
       if (!(e.max <= max_bound)) fail(&r, "max error " + number(e.max) + " is above " + number(max_bound));
       if (!(e.mean <= mean_bound)) fail(&r, "mean error " + number(e.mean) + " is above " + number(mean_bound));
     } else {
-      const double bound = 8 * floor * e.magnitude_mean;
+      const double bound = 8 * floor * e.noise_mean;
       if (!(e.mean <= bound)) fail(&r, "mean error " + number(e.mean) + " is above " + number(bound));
     }
     if (p.dtype == DataType::kFloat32 && r.name == "o" && !(e.rel_frobenius < frobenius_bound))

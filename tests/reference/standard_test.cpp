@@ -12,7 +12,7 @@ namespace tilewise::reference {
 namespace {
 
 // Error relative to the terms that make each output, over a whole tensor.
-double relative_error(const TensorView& got, const std::vector<double>& expected, const std::vector<double>& magnitudes) {
+double relative_error(const TensorView& got, const std::vector<double>& expected, const std::vector<double>& noise) {
   double squares = 0, total = 1e-30;
   for (size_t n = 0; n < expected.size(); ++n) {
     const double value = HostTensors::get(got, n);
@@ -20,7 +20,7 @@ double relative_error(const TensorView& got, const std::vector<double>& expected
       if (value != expected[n]) return INFINITY;
       continue;
     }
-    squares += (value - expected[n]) * (value - expected[n]), total += magnitudes[n] * magnitudes[n];
+    squares += (value - expected[n]) * (value - expected[n]), total += noise[n] * magnitudes[n];
   }
   return std::sqrt(squares / total);
 }
