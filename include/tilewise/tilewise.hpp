@@ -129,7 +129,6 @@ class TW_API Plan {
   static std::vector<Candidate> candidates(const Problem& problem, const Device& device = Device::cpu());
 
  private:
-  friend struct PlanAccess;
   struct State;
   std::shared_ptr<const State> state_;
 };

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <sstream>
 
 #include "core/config.h"
 #include "tilewise/tilewise.hpp"
@@ -115,6 +116,15 @@ TEST(Problem, BadTokensAreNamed) {
   for (const char* token : {"foo", "Q4", "b", "d", "q", "h", "causa", "causal,", "window", "scale", "q+4", "=", "fp64", "\x01"}) {
     const std::string error = error_of(std::string("q4 d8 ") + token);
     EXPECT_EQ(error.find("token '" + std::string(token) + "' is none of fwd bwd "), 0u) << error;
+  }
+}
+
+TEST(Problem, EveryFieldIsSetOnce) {
+  const std::string line = "bwd b2 q8 k9 h4 d8 bf16 causal topleft packed tq3 tk4 seqused scale=1 softcap=2 alibi sink deterministic";
+  ASSERT_TRUE(Problem::parse(line).ok()) << error_of(line);
+  std::istringstream words(line);
+  for (std::string token; words >> token;) {
+    EXPECT_EQ(error_of(line + " " + token), "token '" + token + "' sets again what token '" + token + "' has set");
   }
 }
 
