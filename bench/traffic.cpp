@@ -18,8 +18,9 @@ int main(int argc, char** argv) {
   device.near_bytes = std::atoll(argv[3]);
   device.desk_bytes = std::atoll(argv[4]);
   const Explanation e = explain(problem, device).value();
-  std::printf("{\"kernel\": \"%s\", \"block_m\": %lld, \"block_n\": %lld, \"flash_bytes\": %.0f, \"standard_bytes\": %.0f}\n", e.kernel.c_str(),
-              static_cast<long long>(e.tiles.block_m), static_cast<long long>(e.tiles.block_n), e.flash_bytes, e.standard_bytes);
+  std::printf("{\"kernel\": \"%s\", \"block_m\": %lld, \"block_n\": %lld, \"flash_bytes\": %.0f, \"standard_bytes\": %.0f}\n",
+              e.kernel.c_str(), static_cast<long long>(e.tiles.block_m), static_cast<long long>(e.tiles.block_n), e.flash_bytes,
+              e.standard_bytes);
   auto trial = reference::Trial::make(problem, device);
   if (std::string_view(argv[1]) == "flash") {
     trial.value().run().check();

@@ -45,7 +45,7 @@ def room_of(path):
 
 def resolve(root, file, name):
     """The project's file that is meant, as a path from the root, or None."""
-    for base in (file.parent, root / "include", root / "src", root / "tests", root / "tools"):
+    for base in (file.parent, root / "include", root / "src", root / "tests", root / "tools/tilewise"):
         target = (base / name).resolve()
         if target.is_file() and target.is_relative_to(root):
             return target.relative_to(root).as_posix()
