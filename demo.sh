@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to what FlashAttention buys on this machine: installs what is missing, builds, computes real attention and
-# checks it, then measures standard against flash attention and writes a page about it.
+# checks it, then measures standard against flash attention and writes a page about it. Options go to bench/demo.py.
 # shellcheck source-path=SCRIPTDIR source=scripts/setup.sh
 . "$(dirname "$0")/scripts/setup.sh"
 
@@ -9,17 +9,20 @@ need "${build_packages[@]}" python3-matplotlib
 say "building in build/ (a minute or two the first time)"
 build build -DCMAKE_BUILD_TYPE=Release -DTILEWISE_BUILD_TESTS=OFF -DTILEWISE_BUILD_EXAMPLES=OFF -DTILEWISE_CUDA=OFF
 tilewise=build/tools/tilewise/tilewise
+for python in /usr/bin/python3 python3; do # the one that Matplotlib was installed for
+  if "$python" -c 'import matplotlib' 2>/dev/null; then break; fi
+done
 mkdir -p demo-output
 
 say "real attention: a layer of a pretrained transformer (all-MiniLM-L6-v2) reading real text, see samples/README.md"
 for sample in constitution_preamble gettysburg_address; do
   printf '\n$ tilewise attend samples/%s.safetensors -o demo-output/%s.safetensors\n' "$sample" "$sample"
   "$tilewise" attend "samples/$sample.safetensors" -o "demo-output/$sample.safetensors" | tee demo-output/attend.txt
-  /usr/bin/env python3 bench/sample_check.py "samples/$sample.safetensors" "demo-output/$sample.safetensors"
+  "$python" bench/sample_check.py "samples/$sample.safetensors" "demo-output/$sample.safetensors"
   problem=$(head -n 1 demo-output/attend.txt)
   printf '\n$ tilewise verify "%s"\n' "$problem"
   "$tilewise" verify "$problem"
 done
 
 say "standard against flash attention (about two minutes)"
-python3 bench/demo.py "$tilewise" demo-output
+"$python" bench/demo.py "$tilewise" demo-output "$@"

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Write the measured tables of README.md and docs/io.md, and the picture of README.md, from bench/results/<machine>.json.
 
+Wants: Matplotlib (Debian: python3-matplotlib, for /usr/bin/python3).
 Usage: report.py [RESULTS.json]. A table stands between <!-- measured: NAME --> and <!-- end -->; the text around is untouched.
 """
 
