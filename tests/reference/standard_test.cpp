@@ -20,7 +20,7 @@ double relative_error(const TensorView& got, const std::vector<double>& expected
       if (value != expected[n]) return INFINITY;
       continue;
     }
-    squares += (value - expected[n]) * (value - expected[n]), total += noise[n] * magnitudes[n];
+    squares += (value - expected[n]) * (value - expected[n]), total += noise[n] * noise[n];
   }
   return std::sqrt(squares / total);
 }

@@ -1,0 +1,168 @@
+// The judge itself: it passes good results and finds every kind of damage; random problems are legal and cover the features.
+#include "reference/trial.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <functional>
+#include <set>
+
+#include "reference/attention.h"
+
+namespace tilewise::reference {
+namespace {
+
+Problem parse(std::string_view line) { return Problem::parse(line).value(); }
+
+TEST(Trial, PassesTheLibrary) {
+  for (const char* line : {"fwd b2 q40 k50 h4/2 d24 fp32 causal", "bwd b3 q20 k30 h2 d16 bf16 packed tq40 tk50 sink"})
+    for (Layout layout : {Layout::kBshd, Layout::kBhsd, Layout::kGaps, Layout::kPermuted}) {
+      const Result<Report> report = verify(parse(line), Device::cpu(), 1, layout);
+      ASSERT_TRUE(report.ok()) << report.status().message();
+      EXPECT_TRUE(report->pass) << report->first_failure;
+      EXPECT_EQ(report->tensors.size(), parse(line).pass == Pass::kForward ? 2u : 4u);
+      for (const TensorReport& tensor : report->tensors) EXPECT_GT(tensor.standard_mean, 0) << tensor.name;
+    }
+}
+
+// damage() is done to the device's memory after a good run; the report must blame `name` and say `reason`.
+void expect_found(const char* line, Layout layout, const std::function<void(const Arguments&)>& damage, const std::string& name,
+                  const std::string& reason) {
+  Trial trial = std::move(Trial::make(parse(line), Device::cpu(), 2, layout).value());
+  ASSERT_TRUE(trial.run().ok());
+  damage(trial.arguments());
+  const Report report = trial.compare().value();
+  EXPECT_FALSE(report.pass) << line << ": " << name << " " << reason;
+  EXPECT_EQ(report.first_failure.rfind(name + ": ", 0), 0u) << report.first_failure;
+  EXPECT_NE(report.first_failure.find(reason), std::string::npos) << report.first_failure;
+}
+
+TEST(Trial, FindsDamage) {
+  const char* fp32 = "fwd b2 q40 k50 h2 d24 fp32";
+  const char* bf16 = "bwd b2 q40 k50 h2 d24 bf16 sink";
+  const auto floats = [](const TensorView& view) { return static_cast<float*>(view.data); };
+  const auto halves = [](const TensorView& view) { return static_cast<uint16_t*>(view.data); };
+  for (Layout layout : {Layout::kBshd, Layout::kBhsd, Layout::kGaps, Layout::kPermuted}) {
+    expect_found(
+        fp32, layout, [&](const Arguments& a) { floats(a.o)[3] += 1e-3f; }, "o", "max error");
+    expect_found(
+        fp32, layout, [&](const Arguments& a) { floats(a.lse)[3] += 1e-4f; }, "lse", "max error");
+    expect_found(
+        fp32, layout, [&](const Arguments& a) { floats(a.o)[3] = NAN; }, "o", "not finite");
+    expect_found(
+        fp32, layout, [&](const Arguments& a) { floats(a.o)[-1] = 0; }, "o", "memory around");
+    expect_found(
+        fp32, layout, [&](const Arguments& a) { floats(a.q)[5] = 1; }, "q", "an input is written");
+    expect_found(
+        fp32, layout, [&](const Arguments& a) { static_cast<char*>(a.workspace)[-1] = 0; }, "workspace", "memory around");
+    expect_found(
+        bf16, layout, [&](const Arguments& a) { halves(a.dk)[7] = to_bfloat16(from_bfloat16(halves(a.dk)[7]) + 0.1f); }, "dk", "max error");
+    expect_found(
+        bf16, layout, [&](const Arguments& a) { halves(a.dv)[-1] = 0; }, "dv", "memory around");
+    expect_found(
+        bf16, layout, [&](const Arguments& a) { floats(a.dsink)[1] = 100; }, "dsink", "max error");
+  }
+  // Between the rows.
+  expect_found(
+      fp32, Layout::kGaps, [&](const Arguments& a) { floats(a.o)[24] = 0; }, "o", "memory around");
+  expect_found(
+      bf16, Layout::kPermuted, [&](const Arguments& a) { halves(a.dq)[24] = 0; }, "dq", "memory around");
+  // A small error everywhere: invisible in max, seen in mean.
+  expect_found(
+      "fwd q200 k300 h2 d32 fp32", Layout::kBshd,
+      [&](const Arguments& a) {
+        for (int n = 0; n < 200 * 2 * 32; ++n) floats(a.o)[n] += 2e-7f;
+      },
+      "o", "error");
+}
+
+TEST(Trial, FindsWhatIsNotWritten) {
+  Trial trial = std::move(Trial::make(parse("fwd b2 q40 k50 h2 d24 fp32"), Device::cpu(), 2, Layout::kGaps).value());
+  const Report report = trial.compare().value();
+  EXPECT_FALSE(report.pass);
+  EXPECT_EQ(report.first_failure, "o: 3840 of 3840 elements are not written");
+}
+
+TEST(Trial, FollowsFromItsSeed) {
+  const Problem p = parse("bwd b3 q20 k30 h2 d16 bf16 packed tq40 tk50 sink alibi seqused");
+  const auto bytes = [&](uint64_t seed) {
+    const Trial trial = std::move(Trial::make(p, Device::cpu(), seed).value());
+    std::vector<uint16_t> values;
+    for (const TensorView& view : {trial.arguments().q, trial.arguments().do_}) {
+      const uint16_t* data = static_cast<const uint16_t*>(view.data);
+      values.insert(values.end(), data, data + view.shape[0] * view.stride[0]);
+    }
+    for (int32_t length : trial.lengths().k) values.push_back(static_cast<uint16_t>(length));
+    return values;
+  };
+  EXPECT_EQ(bytes(1), bytes(1));
+  EXPECT_NE(bytes(1), bytes(2));
+}
+
+TEST(Trial, DrawsNormalNumbers) {
+  const Trial trial = std::move(Trial::make(parse("fwd q1000 h4 d64 fp32"), Device::cpu(), 3).value());
+  const float* q = static_cast<const float*>(trial.arguments().q.data);
+  double sum = 0, squares = 0, fourth = 0;
+  constexpr int kCount = 1000 * 4 * 64;
+  for (int n = 0; n < kCount; ++n) sum += q[n], squares += q[n] * q[n], fourth += std::pow(q[n], 4);
+  EXPECT_NEAR(sum / kCount, 0, 0.01);
+  EXPECT_NEAR(squares / kCount, 1, 0.01);
+  EXPECT_NEAR(fourth / kCount, 3, 0.1);
+}
+
+TEST(Trial, SequencesAreEmptyFullAndBetween) {
+  const Problem p = parse("fwd b6 q20 k30 h1 d4 fp32 packed tq60 tk80 seqused");
+  bool empty = false, full = false, unused = false, capped = false;
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    const Trial trial = std::move(Trial::make(p, Device::cpu(), seed).value());
+    const Lengths lengths = trial.lengths();
+    const int32_t* starts = static_cast<const int32_t*>(trial.arguments().cu_seqlens_k.data);
+    int64_t total = 0;
+    for (size_t b = 0; b < 6; ++b) {
+      total += lengths.q[b];
+      empty = empty || lengths.q[b] == 0, full = full || lengths.q[b] == 20;
+      const int32_t length = starts[b + 1] - starts[b];
+      ASSERT_LE(length, 30);
+      ASSERT_LE(lengths.k[b], length);
+      unused = unused || (length > 0 && lengths.k[b] == 0), capped = capped || (lengths.k[b] > 0 && lengths.k[b] < length);
+    }
+    ASSERT_EQ(total, 60);
+    ASSERT_EQ(starts[6], 80);
+  }
+  EXPECT_TRUE(empty && full && unused && capped);
+}
+
+TEST(Trial, LineThatRepeats) {
+  EXPECT_EQ(verify_line(parse("q64 d64 causal"), 7, Layout::kGaps),
+            "tilewise verify \"fwd b1 q64 k64 h1 d64 fp32 causal\" --seed 7 --layout gaps");
+  for (Layout layout : {Layout::kBshd, Layout::kBhsd, Layout::kGaps, Layout::kPermuted})
+    EXPECT_EQ(*parse_layout(layout_name(layout)), layout);
+  EXPECT_FALSE(parse_layout("sbhd").ok());
+}
+
+TEST(RandomProblem, IsLegalBoundedAndCoversEverything) {
+  FuzzLimits limits;
+  std::set<std::string> seen;
+  for (uint64_t seed = 0; seed < 3000; ++seed) {
+    const Problem p = random_problem(seed, limits);
+    ASSERT_TRUE(p.validate().ok()) << p.to_string() << ": " << p.validate().message();
+    ASSERT_EQ(Problem::parse(p.to_string()).value().to_string(), p.to_string());
+    EXPECT_EQ(random_problem(seed, limits).to_string(), p.to_string());
+    ASSERT_LE(static_cast<double>(p.num_heads_q * p.seqlen_q * p.seqlen_k) * static_cast<double>(p.head_dim), 8 * limits.max_products)
+        << p.to_string();
+    const auto note = [&](bool present, const char* feature) {
+      if (present) seen.insert(feature);
+    };
+    note(p.pass == Pass::kBackward, "backward"), note(p.dtype == DataType::kBFloat16, "bf16"), note(p.dtype == DataType::kFloat16, "fp16");
+    note(p.num_heads_q > p.num_heads_kv && p.num_heads_kv > 1, "grouped"), note(p.head_dim != p.head_dim_v, "two dims");
+    note(p.head_dim % 2 == 1, "odd dim"), note(p.head_dim > 300, "wide"), note(p.head_dim == 1, "dim 1");
+    note(p.seqlen_q > 2 * p.seqlen_k, "more queries"), note(p.seqlen_k > 2 * p.seqlen_q, "more keys"), note(p.seqlen_k == 0, "no keys");
+    note(p.window_right == 0 && p.window_left < 0, "causal"), note(p.window_left > 0 && p.window_right > 0, "window");
+    note(p.alignment == Alignment::kTopLeft, "top left"), note(p.packed && p.seqused_k && p.alibi, "packed with seqused and alibi");
+    note(p.sink && p.softcap > 0, "sink with softcap"), note(p.scale() < 0, "negative scale");
+  }
+  EXPECT_EQ(seen.size(), 17u);
+}
+
+}  // namespace
+}  // namespace tilewise::reference
