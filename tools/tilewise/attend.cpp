@@ -206,7 +206,7 @@ Arguments part_of(const Arguments& all, const Problem& whole, int64_t b, int64_t
 // Runs the problem. Long work on a CPU that somebody watches is cut into parts that do not depend on each other, so
 // that there is progress to show: no row's result depends on what else is in the batch. Returns the kernel's name.
 std::string run(const Problem& problem, const Device& device, const Arguments& arguments, const char* what) {
-  constexpr double kLongFlops = 1e11;
+  constexpr double kLongFlops = 1e10;
   constexpr int64_t kParts = 100;
   Progress progress;
   const bool cut = progress.visible() && device.type == DeviceType::kCpu && require(explain(problem, device)).flops > kLongFlops;

@@ -40,8 +40,11 @@ Picture draw(const Problem& p, const TilePlan& tiles) {
     auto& line = picture.cells.emplace_back();
     const int64_t q = m * tiles.block_m / group;
     const int64_t q_end = (std::min(rows, (m + picture.rows_per_cell) * tiles.block_m) - 1) / group + 1;
-    for (int64_t n = 0; n < n_blocks; n += picture.columns_per_cell)
-      line.push_back(kind_of(p, q, q_end, n * tiles.block_n, std::min(p.seqlen_k, (n + picture.columns_per_cell) * tiles.block_n)));
+    for (int64_t n = 0; n < n_blocks; n += picture.columns_per_cell) {
+      const int64_t k_end = std::min(p.seqlen_k, (n + picture.columns_per_cell) * tiles.block_n);
+      const Cell kind = kind_of(p, q, q_end, n * tiles.block_n, k_end);
+      line.push_back(kind == kFull && k_end % tiles.block_n != 0 ? kMasked : kind);  // the sequence ends inside the tile
+    }
   }
   return picture;
 }
@@ -112,7 +115,7 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   pair("limit", seconds_text(times.limit), seconds_text(times.standard),
        fmt::format("at {}FLOP/s and {}B/s, measured", si_text(rates.flops_per_second), si_text(rates.bytes_per_second)));
   pair("predicted", seconds_text(times.predicted), "",
-       fmt::format("bound by {}; masked tiles in full", times.arithmetic >= times.memory ? "arithmetic" : "memory"));
+       fmt::format("{} bound, masked tiles in full", times.arithmetic >= times.memory ? "arithmetic" : "memory"));
 }
 
 Json explanation_json(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {

@@ -10,7 +10,7 @@ int main(int argc, char** argv) {
   using namespace tilewise::tool;
   CLI::App app("Exact attention, tiled: FlashAttention on CPUs and NVIDIA GPUs.", "tilewise");
   app.set_version_flag("--version", "tilewise " TILEWISE_VERSION);
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   app.footer(
       "A PROBLEM is one line of words: [fwd|bwd] [bN] qN kN hN[/N] dN[/N] [fp32|bf16|fp16] [causal] ..., for example\n"
       "  \"bwd b2 q4096 k4096 h32/8 d128 bf16 causal\"\n"
@@ -24,6 +24,7 @@ int main(int argc, char** argv) {
   add_devices(&app);
   try {
     app.parse(argc, argv);
+    if (app.get_subcommands().empty()) throw Failure(kBadRequest, "a command is missing: attend, bench, verify, explain or devices");
     return std::fflush(stdout) == 0 ? 0 : kBadRequest;
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kBadRequest;

@@ -1,0 +1,441 @@
+// The command line as a user meets it: what each subcommand computes and prints, and that every mistake is one sentence
+// on stderr, exit code 2 and no file.
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <sstream>
+
+#include "reference/attention.h"
+#include "safetensors.h"
+#include "tilewise/explain.hpp"
+#include "tilewise/tilewise.hpp"
+
+namespace tilewise {
+namespace {
+
+using Json = nlohmann::json;
+
+std::string contents(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+void store(const std::string& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
+
+struct Outcome {
+  int code;
+  std::string out, err;
+};
+
+class Tool : public testing::Test {
+ protected:
+  Tool() {
+    std::string name = (std::filesystem::temp_directory_path() / "tilewise-XXXXXX").string();
+    folder_ = ::mkdtemp(name.data());
+  }
+  ~Tool() override { std::filesystem::remove_all(folder_); }
+
+  std::string file(const std::string& name) const { return folder_ / name; }
+  // Through the shell, in the test's own folder.
+  Outcome shell(const std::string& command) const {
+    const std::string line = "cd " + folder_.string() + " && (" + command + ") >stdout 2>stderr </dev/null";
+    const int status = std::system(line.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, contents(file("stdout")), contents(file("stderr"))};
+  }
+  Outcome tilewise(const std::string& arguments) const { return shell(TW_TOOL " " + arguments); }
+  Json json(const std::string& arguments) const {
+    const Outcome run = tilewise(arguments);
+    EXPECT_EQ(run.code, 0) << run.err;
+    return Json::parse(run.out);
+  }
+
+  void expect_refusal(const std::string& arguments, const std::string& sentence, int code = 2) const {
+    const Outcome run = tilewise(arguments);
+    EXPECT_EQ(run.code, code) << arguments;
+    EXPECT_EQ(run.out, "") << arguments;
+    EXPECT_NE(run.err.find(sentence), std::string::npos) << arguments << ": " << run.err;
+    EXPECT_TRUE(run.err.starts_with("tilewise: ")) << run.err;
+    EXPECT_EQ(std::count(run.err.begin(), run.err.end(), '\n'), 1) << run.err;
+  }
+
+ private:
+  std::filesystem::path folder_;
+};
+
+// Contiguous tensors by name, to a file and to the library.
+struct Tensors {
+  struct One {
+    DataType dtype;
+    std::vector<int64_t> shape;
+    std::vector<std::byte> bytes;
+  };
+  std::map<std::string, One> all;
+  std::mt19937 random{1};
+
+  int64_t count(const std::string& name) const {
+    int64_t product = 1;
+    for (const int64_t size : all.at(name).shape) product *= size;
+    return product;
+  }
+  void add(const std::string& name, DataType dtype, std::vector<int64_t> shape) {
+    all[name] = {dtype, std::move(shape), {}};
+    all[name].bytes.resize(static_cast<size_t>(count(name) * reference::element_bytes(dtype)));
+  }
+  void draw(const std::string& name, DataType dtype, std::vector<int64_t> shape) {
+    add(name, dtype, std::move(shape));
+    std::normal_distribution<float> normal;
+    for (int64_t n = 0; n < count(name); ++n) reference::write_element(all[name].bytes.data(), dtype, n, normal(random));
+  }
+  void integers(const std::string& name, const std::vector<int32_t>& values) {
+    add(name, DataType::kInt32, {static_cast<int64_t>(values.size())});
+    std::memcpy(all[name].bytes.data(), values.data(), values.size() * 4);
+  }
+  TensorView view(const std::string& name) {
+    const auto found = all.find(name);
+    if (found == all.end()) return {};
+    TensorView view{.data = found->second.bytes.data(), .dtype = found->second.dtype, .rank = static_cast<int>(found->second.shape.size())};
+    int64_t stride = 1;
+    for (size_t d = found->second.shape.size(); d-- > 0;) {
+      view.shape[d] = found->second.shape[d], view.stride[d] = stride;
+      stride *= view.shape[d];
+    }
+    return view;
+  }
+  void write(const std::string& path) const {
+    std::vector<safetensors::Output> outputs;
+    for (const auto& [name, t] : all) {
+      const char* dtype = t.dtype == DataType::kFloat32    ? "F32"
+                          : t.dtype == DataType::kBFloat16 ? "BF16"
+                          : t.dtype == DataType::kFloat16  ? "F16"
+                                                           : "I32";
+      outputs.push_back({name, dtype, t.shape, t.bytes.data(), t.bytes.size()});
+    }
+    safetensors::write(path, outputs, {}).check();
+  }
+};
+
+Tensors dense(DataType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads, int64_t heads_kv, int64_t dim,
+              int64_t dim_v) {
+  Tensors t;
+  t.draw("q", dtype, {batch, seqlen_q, heads, dim});
+  t.draw("k", dtype, {batch, seqlen_k, heads_kv, dim});
+  t.draw("v", dtype, {batch, seqlen_k, heads_kv, dim_v});
+  return t;
+}
+
+void add_outputs(Tensors& t, bool gradients) {
+  const bool packed = t.all.count("cu_seqlens_q");
+  const auto q = t.all["q"].shape;
+  auto o = q;
+  o.back() = t.all["v"].shape.back();
+  t.add("o", t.all["q"].dtype, o);
+  t.add("lse", DataType::kFloat32, packed ? std::vector{q[1], q[0]} : std::vector{q[0], q[2], q[1]});
+  for (const char* name : {"q", "k", "v"})
+    if (gradients) t.add(std::string("d") + name, t.all[name].dtype, t.all[name].shape);
+  if (gradients && t.all.count("sink")) t.add("dsink", DataType::kFloat32, t.all["sink"].shape);
+}
+
+// The library's own call on the tensors of the file; what the tool has written must be the same bits.
+void expect_same_as_library(const std::string& path, Tensors& t, const Options& options, bool gradients) {
+  add_outputs(t, gradients);
+  Options o = options;
+  o.device = Device::cpu(2);
+  o.cu_seqlens_q = t.view("cu_seqlens_q"), o.cu_seqlens_k = t.view("cu_seqlens_k"), o.seqused_k = t.view("seqused_k");
+  o.alibi_slopes = t.view("alibi_slopes"), o.sink = t.view("sink"), o.dlse = t.view("dlse"), o.dsink = t.view("dsink");
+  ASSERT_EQ(forward(t.view("q"), t.view("k"), t.view("v"), t.view("o"), t.view("lse"), o).message(), "");
+  if (gradients) {
+    ASSERT_EQ(backward(t.view("do"), t.view("q"), t.view("k"), t.view("v"), t.view("o"), t.view("lse"), t.view("dq"), t.view("dk"),
+                       t.view("dv"), o)
+                  .message(),
+              "");
+  }
+  const auto out = safetensors::File::open(path);
+  ASSERT_TRUE(out.ok()) << out.status().message();
+  EXPECT_EQ(out->header().tensors.size(), gradients ? (t.all.count("sink") ? 6u : 5u) : 2u);
+  for (const auto& [name, entry] : out->header().tensors) {
+    std::vector<std::byte> bytes(entry.end - entry.begin);
+    ASSERT_TRUE(out->read(entry, bytes.data()).ok());
+    EXPECT_EQ(entry.shape, t.all[name].shape) << name;
+    EXPECT_TRUE(bytes == t.all[name].bytes) << name;
+  }
+}
+
+TEST_F(Tool, AttendWritesTheLibrarysBitsAndWhatTheyAre) {
+  Tensors t = dense(DataType::kFloat32, 2, 70, 90, 4, 2, 40, 24);
+  t.draw("sink", DataType::kFloat32, {4});
+  t.draw("alibi_slopes", DataType::kFloat32, {2, 4});
+  t.integers("seqused_k", {90, 31});
+  t.draw("do", DataType::kFloat32, {2, 70, 4, 24});
+  t.draw("dlse", DataType::kFloat32, {2, 4, 70});
+  t.write(file("in"));
+  const Outcome run = tilewise("attend in -o out --window 50,3 --top-left --scale 0.2 --softcap 5 --threads 2");
+  ASSERT_EQ(run.code, 0) << run.err;
+  EXPECT_EQ(run.err, "");
+  EXPECT_NE(run.out.find("wrote out: o lse dq dk dv dsink"), std::string::npos) << run.out;
+  Options options;
+  options.window_left = 50, options.window_right = 3, options.alignment = Alignment::kTopLeft;
+  options.softmax_scale = 0.2f, options.softcap = 5;
+  expect_same_as_library(file("out"), t, options, true);
+  const auto metadata = safetensors::File::open(file("out"))->header().metadata;
+  EXPECT_EQ(metadata.at("problem"), "bwd b2 q70 k90 h4/2 d40/24 fp32 window=50,3 topleft seqused scale=0.2 softcap=5 alibi sink");
+  EXPECT_NE(metadata.at("kernel").find("forward"), std::string::npos);
+  EXPECT_NE(metadata.at("kernel_backward").find("backward"), std::string::npos);
+}
+
+TEST_F(Tool, AttendTakesPackedSequences) {
+  for (const DataType dtype : {DataType::kBFloat16, DataType::kFloat16}) {
+    Tensors t;
+    t.draw("q", dtype, {50, 6, 32});
+    t.draw("k", dtype, {80, 3, 32});
+    t.draw("v", dtype, {80, 3, 32});
+    t.integers("cu_seqlens_q", {0, 20, 20, 50});
+    t.integers("cu_seqlens_k", {0, 33, 60, 80});
+    t.write(file("in"));
+    ASSERT_EQ(tilewise("attend in -o out --causal --threads 2").code, 0);
+    Options options;
+    options.causal = true, options.max_seqlen_q = 30, options.max_seqlen_k = 33;
+    expect_same_as_library(file("out"), t, options, false);
+  }
+}
+
+TEST_F(Tool, AttendAgreesWithFloat64) {
+  Tensors t = dense(DataType::kFloat32, 1, 65, 65, 2, 1, 64, 64);
+  t.write(file("in"));
+  ASSERT_EQ(tilewise("attend in -o out --causal").code, 0);
+  Problem problem = *Problem::parse("q65 h2/1 d64 causal");
+  Arguments arguments;
+  arguments.q = t.view("q"), arguments.k = t.view("k"), arguments.v = t.view("v");
+  const reference::Outputs exact = reference::attention(problem, arguments);
+  const auto out = safetensors::File::open(file("out"));
+  ASSERT_TRUE(out.ok());
+  std::vector<float> o(exact.o.size());
+  ASSERT_TRUE(out->read(out->header().tensors.at("o"), o.data()).ok());
+  for (size_t n = 0; n < o.size(); ++n) ASSERT_NEAR(o[n], exact.o[n], 2e-6) << n;
+}
+
+TEST_F(Tool, ProgressOnATerminalChangesNoBit) {
+  if (shell("script --version").code != 0) GTEST_SKIP() << "no script(1) to make a terminal with";
+  Tensors t = dense(DataType::kFloat32, 3, 1200, 1200, 12, 4, 64, 64);
+  t.draw("sink", DataType::kFloat32, {12});
+  t.draw("alibi_slopes", DataType::kFloat32, {3, 12});
+  t.draw("do", DataType::kFloat32, {3, 1200, 12, 64});
+  t.write(file("in"));
+  ASSERT_EQ(tilewise("attend in -o plain").code, 0);
+  const Outcome run = shell("script -qec '" TW_TOOL " attend in -o watched' typescript");
+  ASSERT_EQ(run.code, 0) << run.out;
+  EXPECT_TRUE(contents(file("plain")) == contents(file("watched")));
+}
+
+TEST_F(Tool, AttendRefusesBadInputsAndWritesNothing) {
+  const auto refuse = [&](const Tensors& t, const std::string& sentence, const std::string& options = "") {
+    t.write(file("in"));
+    expect_refusal("attend in -o out " + options, sentence);
+    EXPECT_FALSE(std::filesystem::exists(file("out"))) << sentence;
+  };
+  const Tensors good = dense(DataType::kFloat32, 2, 8, 8, 2, 2, 16, 16);
+  const auto with = [&](const std::string& name, DataType dtype, std::vector<int64_t> shape) {
+    Tensors t = good;
+    t.draw(name, dtype, std::move(shape));
+    return t;
+  };
+  constexpr DataType f32 = DataType::kFloat32, f16 = DataType::kFloat16;
+  Tensors no_k = good;
+  no_k.all.erase("k");
+  refuse(no_k, "the input has no tensor \"k\"");
+  refuse(with("k", f16, {2, 8, 2, 16}), "tensor \"k\" is F16, it must be F32");
+  refuse(with("k", f32, {1, 8, 2, 16}), "tensor \"k\" has shape [1, 8, 2, 16], it must be [2, 8, 2, 16]");
+  refuse(with("v", f32, {2, 7, 2, 16}), "tensor \"v\" has shape [2, 7, 2, 16], it must be [2, 8, 2, 16]");
+  refuse(with("q", f32, {2, 8, 3, 16}), "num_heads_q 3 is not a multiple of num_heads_kv 2");
+  refuse(with("q", f32, {16, 2, 16}), "tensor \"q\" has 3 dimensions, it must have 4");
+  refuse(with("do", f32, {2, 8, 2, 8}), "tensor \"do\" has shape");
+  refuse(with("sink", f16, {2}), "tensor \"sink\" is F16, it must be F32");
+  refuse(with("seqused_k", f32, {2}), "tensor \"seqused_k\" is F32, it must be I32");
+  refuse(with("q", f32, {2, 8, 2, 600}), "head_dim 600");
+  Tensors wrong = good;
+  wrong.integers("q", {1});
+  refuse(wrong, "tensor \"q\" is I32, it must be F32, BF16 or F16");
+  refuse(good, "token 'window=3' needs two numbers", "--window 3");
+  refuse(good, "--window 3,5 contradicts --causal", "--window 3,5 --causal");
+  refuse(good, "softcap -1 is negative", "--softcap -1");
+
+  Tensors packed;
+  for (const char* name : {"q", "k", "v"}) packed.draw(name, f32, {10, 2, 16});
+  packed.integers("cu_seqlens_q", {0, 4, 10});
+  refuse(packed, "the input has no tensor \"cu_seqlens_k\"");
+  const auto sequences = [&](const std::vector<int32_t>& values) {
+    Tensors t = packed;
+    t.integers("cu_seqlens_k", values);
+    return t;
+  };
+  refuse(sequences({0, 10}), "tensor \"cu_seqlens_k\" has shape [2], it must be [3]");
+  refuse(sequences({1, 4, 10}), "cu_seqlens_k[0] is 1, it must be 0");
+  refuse(sequences({0, 5, 4}), "cu_seqlens_k[2] is 4, less than the 5 before it");
+  refuse(sequences({0, 5, 11}), "cu_seqlens_k ends with 11, but there are 10 rows");
+  refuse(sequences({0, -2147483648, 10}), "less than the 0 before it");
+}
+
+TEST_F(Tool, AttendRefusesBadFilesAndKeepsTheOldOutput) {
+  dense(DataType::kFloat32, 1, 8, 8, 2, 2, 16, 16).write(file("in"));
+  store(file("out"), "old");
+  const std::string bytes = contents(file("in"));
+  const auto refuse = [&](const std::string& changed, const std::string& sentence) {
+    store(file("bad"), changed);
+    expect_refusal("attend bad -o out", sentence);
+    EXPECT_EQ(contents(file("out")), "old") << sentence;
+  };
+  refuse(bytes.substr(0, 5), "bad: truncated: 5 bytes");
+  refuse(bytes.substr(0, 100), "bad: truncated: a header of");
+  refuse(bytes.substr(0, bytes.size() - 1), "bad: tensor \"v\" lies at bytes");
+  refuse(bytes + "x", "bad: no tensor owns the last 1 bytes");
+  refuse(std::string("\0\xe1\xf5\x05\x01\0\0\0", 8) + bytes, "the limit is 100000000");
+  refuse(std::string("\x02\0\0\0\0\0\0\0[]", 10), "the header does not begin with {");
+  std::string twice = bytes;
+  twice.replace(twice.find("\"k\":"), 3, "\"q\"");
+  refuse(twice, "tensor \"q\" is given twice");
+  expect_refusal("attend none -o out", "none: No such file or directory");
+  expect_refusal("attend . -o out", ".: not a regular file");
+  expect_refusal("attend in -o no/out", "no/out cannot be written: No such file or directory");
+  expect_refusal("attend in -o /dev/null", "/dev/null cannot be written: not a regular file");
+  const Outcome full = shell("trap '' XFSZ; ulimit -f 0; " TW_TOOL " attend in -o out 2>&1 | cat");
+  EXPECT_EQ(contents(file("out")), "old");
+  for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::path(file("out")).parent_path()))
+    EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << full.out;
+}
+
+TEST_F(Tool, UsageErrorsAreOneSentence) {
+  expect_refusal("", "a command is missing");
+  expect_refusal("frobnicate", "frobnicate");
+  expect_refusal("attend", "input is required");
+  expect_refusal("attend in", "--output is required");
+  expect_refusal("bench", "problem is required");
+  expect_refusal("bench q8 d8 --peers nobody", "--peers");
+  expect_refusal("bench q8 d8 --threads 0", "--threads");
+  expect_refusal("explain q8 d8 --colour", "--colour");
+  expect_refusal("explain q8", "the problem has no d");
+  expect_refusal("explain q8 d8 h3/2", "num_heads_q 3 is not a multiple of num_heads_kv 2");
+  expect_refusal("explain \"q8 d8\" \"q9 d9\"", "explain takes one PROBLEM, not 2");
+  expect_refusal("explain q8 d513", "head_dim 513");
+  expect_refusal("bench @none", "none: cannot be read");
+  store(file("problems"), "# comment\n\nq8 d8\nq8 dx\n");
+  expect_refusal("bench @problems", "problems:4: ");
+  store(file("problems"), "# nothing\n");
+  expect_refusal("verify @problems", "problems: holds no problem");
+  expect_refusal("verify", "verify needs a PROBLEM");
+  expect_refusal("verify q8 d8 --layout round", "layout 'round'");
+  if (!Device::cuda().ok()) expect_refusal("explain q8 d8 --device cuda", "CUDA", 3);
+}
+
+TEST_F(Tool, HelpAndVersion) {
+  EXPECT_EQ(tilewise("--version").code, 0);
+  EXPECT_TRUE(tilewise("--version").out.starts_with("tilewise "));
+  for (const char* command : {"attend", "bench", "verify", "explain", "devices"}) {
+    EXPECT_NE(tilewise("--help").out.find(std::string("  ") + command), std::string::npos);
+    const Outcome run = tilewise(std::string(command) + " --help");
+    EXPECT_EQ(run.code, 0);
+    EXPECT_NE(run.out.find(std::string("Example: tilewise ") + command), std::string::npos) << run.out;
+  }
+}
+
+TEST_F(Tool, VerifyJudgesProblemsAndFiles) {
+  store(file("problems"), "q33 h2 d16 causal  # a comment\nq5 k40 h4/2 d8 bf16\n");
+  const Outcome run = tilewise("verify @problems \"q20 d8\" --layout permuted --seed 3");
+  EXPECT_EQ(run.code, 0) << run.out << run.err;
+  EXPECT_NE(run.out.find("3 of 3 problems agree with float64"), std::string::npos) << run.out;
+  EXPECT_NE(run.out.find("fwd b1 q5 k40 h4/2 d8 bf16\n"), std::string::npos) << run.out;
+  const Outcome drawn = tilewise("verify --fuzz 5 --seed 2");
+  EXPECT_EQ(drawn.code, 0) << drawn.out << drawn.err;
+  EXPECT_NE(drawn.out.find("5 of 5 problems agree"), std::string::npos) << drawn.out;
+}
+
+TEST_F(Tool, BenchMeasuresTimeMemoryAndError) {
+  const Json report =
+      json("bench --json - --peers standard --error --rounds 4 --seconds 0 --threads 2 \"q700 h4 d32\" \"bwd q300 h4/2 d32 bf16 causal\"");
+  EXPECT_EQ(report["device"]["units"], 2);
+  ASSERT_EQ(report["results"].size(), 2u);
+  EXPECT_EQ(report["results"][0]["flops"], 4.0 * 700 * 700 * 4 * 32);
+  EXPECT_EQ(report["results"][1]["flops"], 10.0 * 300 * 301 / 2 * 4 * 32);
+  for (const Json& row : report["results"]) {
+    ASSERT_EQ(row["contenders"].size(), 2u);
+    const Json &ours = row["contenders"][0], &standard = row["contenders"][1];
+    EXPECT_EQ(ours["name"], "tilewise");
+    EXPECT_EQ(standard["name"], "standard");
+    for (const Json& c : row["contenders"]) {
+      EXPECT_GT(c["seconds"]["min"], 0.0);
+      EXPECT_LE(c["seconds"]["min"], c["seconds"]["median"]);
+      EXPECT_LE(c["seconds"]["median"], c["seconds"]["max"]);
+      EXPECT_EQ(c["seconds"]["turns"], 4);
+      EXPECT_GT(c["roofline_share"], 0.0);
+      EXPECT_NEAR(c["flops_per_second"].get<double>() * c["seconds"]["median"].get<double>(), row["flops"].get<double>(), 1);
+      EXPECT_GT(c["max_error"], 0.0);
+      EXPECT_LT(c["max_error"], row["pass"] == "forward" ? 1e-5 : 1e-1);
+    }
+    if (ours["extra_bytes"].is_null()) continue;  // a kernel that does not tell the peak of memory
+    const double slack = 3e6;                     // counters of resident pages lag by thread
+    EXPECT_NEAR(ours["extra_bytes"].get<double>(), row["planned_extra_bytes"].get<double>(), slack);
+    EXPECT_GT(standard["extra_bytes"].get<double>(), 0.6 * row["standard_extra_bytes"].get<double>());
+  }
+  // Forward: S of 4 heads, 7.8 MB.
+  const Json& standard_extra = report["results"][0]["contenders"][1]["extra_bytes"];
+  EXPECT_TRUE(standard_extra.is_null() || standard_extra > 7e6) << standard_extra;
+}
+
+TEST_F(Tool, BenchSaysHowMuchStandardAttentionWouldNeed) {
+  const Outcome run = tilewise("bench --peers standard --rounds 1 --seconds 0 --json figures q2000000 d8 window=0,0");
+  ASSERT_EQ(run.code, 0) << run.err;
+  EXPECT_NE(run.out.find("standard does not fit: it needs 14.6 TiB"), std::string::npos) << run.out;
+  const Json report = Json::parse(contents(file("figures")));
+  EXPECT_EQ(report["results"][0]["contenders"][1]["needed_bytes"], 4.0 * 2e6 * 2e6);
+}
+
+TEST_F(Tool, ExplainDrawsTheTilesThatItCounts) {
+  for (const char* problem : {"q700 k900 h2 d64", "q700 k900 h4/2 d64 causal b3", "q900 k700 h2/2 d32 causal topleft",
+                              "q1500 h2/1 d64 window=200,100", "q500 k1500 h1 d128 window=-1,300 topleft", "q64 d8 window=0,0"}) {
+    const Json plan = json(std::string("explain --json --threads 2 ") + problem);
+    ASSERT_EQ(plan["picture"]["tiles_down"], 1) << problem;
+    ASSERT_EQ(plan["picture"]["tiles_across"], 1) << problem;
+    std::map<char, int64_t> signs;
+    for (const Json& line : plan["picture"]["rows"])
+      for (const char sign : line.get<std::string>()) ++signs[sign];
+    const Problem p = *Problem::parse(problem);
+    const int64_t groups = p.batch * p.num_heads_kv;
+    EXPECT_EQ(signs['#'] * groups, plan["tiles"]["full"]) << problem;
+    EXPECT_EQ(signs['+'] * groups, plan["tiles"]["masked"]) << problem;
+    EXPECT_EQ(signs['.'] * groups, plan["tiles"]["skipped"]) << problem;
+    EXPECT_EQ(plan["flops"], explain(p)->flops) << problem;
+    EXPECT_GE(plan["flash"]["predicted_seconds"], plan["flash"]["limit_seconds"]);
+    EXPECT_GT(plan["flash"]["limit_seconds"], 0.0);
+  }
+}
+
+TEST_F(Tool, ExplainListsEveryCandidate) {
+  const Outcome run = tilewise("explain q4096 h8 d64 causal");
+  ASSERT_EQ(run.code, 0) << run.err;
+  for (const Candidate& candidate : Plan::candidates(*Problem::parse("q4096 h8 d64 causal")))
+    EXPECT_NE(run.out.find(candidate.name), std::string::npos) << candidate.name << run.out;
+  std::string line;
+  const auto columns = [](const std::string& text) {  // of UTF-8
+    return std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; });
+  };
+  for (std::istringstream lines(run.out); std::getline(lines, line);) EXPECT_LE(columns(line), 80) << line;
+}
+
+TEST_F(Tool, DevicesHaveSizesAndRates) {
+  const Json devices = json("devices --json");
+  ASSERT_GE(devices.size(), 1u);
+  EXPECT_EQ(devices[0]["type"], "cpu");
+  for (const Json& device : devices) {
+    for (const char* field : {"units", "near_bytes", "desk_bytes", "memory_bytes"}) EXPECT_GT(device[field], 0) << field;
+    for (const char* dtype : {"fp32", "bf16", "fp16"}) EXPECT_GT(device["rates"][dtype]["flops_per_second"], 1e8) << dtype;
+  }
+}
+
+}  // namespace
+}  // namespace tilewise
