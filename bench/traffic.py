@@ -7,7 +7,7 @@ inside Plan::run() or Standard::forward() counts. Valgrind knows no AVX-512, so 
 is made for a device with a desk of that size. The prediction is explain()'s, of the same plan.
 
 Wants: apt-get install valgrind, and a Release build with the tool: cmake -B build && cmake --build build
-Usage: traffic.py [--build build] [--seqlens 512,1024,2048] [--desks 65536,131072,262144,524288] [--head-dim 64] [--save]
+Usage: traffic.py [--build build] [--seqlens 512,1024,2048] [--desks 131072,262144,524288,1048576] [--head-dim 64] [--save]
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=pathlib.Path, default=results.ROOT / "build")
     parser.add_argument("--seqlens", default="512,1024,2048")
-    parser.add_argument("--desks", default="65536,131072,262144,524288", help="bytes; every one with the longest seqlen, the last with all")
+    parser.add_argument("--desks", default="131072,262144,524288,1048576", help="bytes; every one with the longest seqlen, the last with all")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/<machine>.json")
     options = parser.parse_args()
