@@ -22,7 +22,7 @@ static std::atomic<int> allocations = 0;
 [[gnu::noinline]] void operator delete(void* data, size_t) noexcept { std::free(data); }
 
 // The address sanitizer asks: memory that is not there is an answer, not a crash.
-extern "C" const char* __asan_default_options();
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options();
 extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 
 namespace tilewise {
