@@ -318,6 +318,7 @@ TEST_F(Tool, UsageErrorsAreOneSentence) {
   expect_refusal("bench", "problem is required");
   expect_refusal("bench q8 d8 --peers nobody", "--peers");
   expect_refusal("bench q8 d8 --threads 0", "--threads");
+  expect_refusal("bench \"q8 d8\" \"b0 q8 d8\"", "'fwd b0 q8 k8 h1 d8 fp32' has no work to time");
   expect_refusal("explain q8 d8 --colour", "--colour");
   expect_refusal("explain q8", "the problem has no d");
   expect_refusal("explain q8 d8 h3/2", "num_heads_q 3 is not a multiple of num_heads_kv 2");

@@ -240,6 +240,8 @@ Row measure(const Problem& problem, const Device& device, const BenchOptions& op
   reference::Trial trial = require(reference::Trial::make(problem, device, options.seed));
   const Lengths lengths = trial.lengths();
   row.explanation = require(explain(problem, device, lengths));
+  if (row.explanation.flops == 0)
+    throw Failure(kBadRequest, fmt::format("'{}' with seed {} drew no visible pair", problem.to_string(), options.seed));
 
   std::optional<Sample> sample;
   reference::Outputs exact;
@@ -359,7 +361,9 @@ void print_row(const Row& row) {
 void bench(const BenchOptions& options) {
   const std::vector<Problem> problems = read_problems(options.problems);
   const Device device = options.device.open();
-  for (const Problem& problem : problems) require(Plan::make(problem, device).status());
+  for (const Problem& problem : problems)
+    if (require(explain(problem, device)).flops == 0)
+      throw Failure(kBadRequest, fmt::format("'{}' has no work to time: no query sees a key", problem.to_string()));
   const bool as_text = options.json != "-";
   Json json{{"tilewise", TILEWISE_VERSION},
             {"time", now_utc()},

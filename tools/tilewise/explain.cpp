@@ -54,6 +54,7 @@ struct Times {
   double arithmetic, memory;  // of the useful work: no kernel is faster than the larger one
   double limit, predicted;    // predicted: masked tiles cost as much as full ones
   double standard;            // limit of standard attention
+  double standard_intensity;
 };
 
 Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
@@ -62,8 +63,12 @@ Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
   const double d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
   const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
-  return {e.flops / rates.flops_per_second, e.flash_bytes / rates.bytes_per_second, limit_seconds(e.flops, e.flash_bytes, rates),
-          limit_seconds(computed, e.flash_bytes, rates), limit_seconds(e.flops, e.standard_bytes, rates)};
+  return {e.flops / rates.flops_per_second,
+          e.flash_bytes / rates.bytes_per_second,
+          limit_seconds(e.flops, e.flash_bytes, rates),
+          limit_seconds(computed, e.flash_bytes, rates),
+          limit_seconds(e.flops, e.standard_bytes, rates),
+          e.standard_bytes > 0 ? e.flops / e.standard_bytes : 0};
 }
 
 // The glyphs of Cell; ASCII where the terminal knows no more.
@@ -110,7 +115,7 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   pair("extra", bytes_text(static_cast<double>(e.flash_extra_bytes)), bytes_text(static_cast<double>(e.standard_extra_bytes)),
        fmt::format("memory: workspace {} and lse", bytes_text(static_cast<double>(e.workspace_bytes))));
   pair("traffic", bytes_text(e.flash_bytes), bytes_text(e.standard_bytes), "to and from memory");
-  pair("intensity", fmt::format("{:.1f}", e.intensity), fmt::format("{:.1f}", e.flops / e.standard_bytes),
+  pair("intensity", fmt::format("{:.1f}", e.intensity), fmt::format("{:.1f}", times.standard_intensity),
        fmt::format("FLOP/byte; this machine balances at {:.1f}", rates.flops_per_second / rates.bytes_per_second));
   pair("limit", seconds_text(times.limit), seconds_text(times.standard),
        fmt::format("at {}FLOP/s and {}B/s, measured", si_text(rates.flops_per_second), si_text(rates.bytes_per_second)));
@@ -162,7 +167,7 @@ Json explanation_json(const Problem& p, const Device& device, const Explanation&
           {"standard",
            {{"bytes_moved", e.standard_bytes},
             {"extra_bytes", e.standard_extra_bytes},
-            {"intensity", e.flops / e.standard_bytes},
+            {"intensity", times.standard_intensity},
             {"limit_seconds", times.standard}}}};
 }
 
