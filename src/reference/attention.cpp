@@ -110,7 +110,10 @@ struct Inputs {
 
   double noise_of_products(const Sequence& s, int i, int64_t head, const Row& row) const {
     double largest = 0;
-    for (int j : row.keys) largest = std::max(largest, dot_of_squares(q_row(s.q_row + i, head), k_row(s.k_row + j, head), dim));
+    for (int j : row.keys) {
+      const double squares = dot_of_squares(q_row(s.q_row + i, head), k_row(s.k_row + j, head), dim);
+      if (std::isfinite(squares)) largest = std::max(largest, squares);
+    }
     return std::abs(problem.scale()) * std::sqrt(largest);
   }
 
@@ -158,7 +161,7 @@ void forward(const Inputs& in, Outputs* out, Outputs* noise) {
         for (int i = 0; i < s.seqlen_q; ++i) {
           in.compute_row(s, band, b, i, head, &row);
           out->lse[in.lse_index(s, b, i, head)] = row.lse;
-          if (noise && std::isfinite(row.lse)) noise->lse[in.lse_index(s, b, i, head)] = row.lse * row.lse / 16;
+          if (noise && std::isfinite(row.lse)) noise->lse[in.lse_index(s, b, i, head)] = row.lse * row.lse / 4;
           if (row.sees_nothing) continue;
           const int64_t at = ((s.q_row + i) * in.heads + head) * in.dim_v;
           for (size_t n = 0; n < row.keys.size(); ++n) {
@@ -198,7 +201,9 @@ void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, O
         }
         const double* o = &out->o[((s.q_row + i) * in.heads + head) * in.dim_v];
         delta_noise = dot_of_squares(do_, o, in.dim_v) + delta * delta + dlse * dlse;
-        const double of_scores = noise ? row.noise_of_scores(p.dtype, in.noise_of_products(s, i, head, row)) : 0;
+        // Backward is given lse in float32, of which standard attention, that keeps P, knows nothing.
+        const double of_lse = p.dtype == DataType::kFloat32 ? std::abs(row.lse) / 16 : 0;
+        const double of_scores = noise ? of_lse + row.noise_of_scores(p.dtype, in.noise_of_products(s, i, head, row)) : 0;
         const double* q = in.q_row(s.q_row + i, head);
         const int64_t dq_at = ((s.q_row + i) * in.heads + head) * in.dim;
         for (size_t n = 0; n < row.keys.size(); ++n) {

@@ -90,18 +90,52 @@ TW_INLINE inline float exp_of_nonpositive(float x) {
   return x < kLowest ? 0.0f : y * power;
 }
 
-// NaN does not count. Lane by lane, which every compiler turns into vectors.
-template <class E>
-TW_INLINE inline float maximum_of(const typename E::Bits* values, int64_t count) {
-  constexpr int kLanes = 32;
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = -kInfinity;
+// Reductions lane by lane, which every compiler turns into vectors and which round less than one long sum.
+constexpr int kLanes = 32;
+struct Lanes {
+  float values[kLanes];
+};
+// f(j, lane) for every j < count.
+template <class F>
+TW_INLINE inline void for_lanes(int64_t count, Lanes* lanes, const F& f) {
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] = E::load(values[j + l]) > lanes[l] ? E::load(values[j + l]) : lanes[l];
-  for (; j < count; ++j) lanes[0] = E::load(values[j]) > lanes[0] ? E::load(values[j]) : lanes[0];
-  for (int l = 1; l < kLanes; ++l) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
-  return lanes[0];
+    for (int l = 0; l < kLanes; ++l) f(j + l, lanes->values[l]);
+  for (int l = 0; j + l < count; ++l) f(j + l, lanes->values[l]);
+}
+TW_INLINE inline float sum_of(const Lanes& lanes) {
+  float sum = 0;
+  for (float lane : lanes.values) sum += lane;
+  return sum;
+}
+
+// NaN does not count.
+template <class E>
+TW_INLINE inline float maximum_of(const typename E::Bits* values, int64_t count) {
+  Lanes lanes;
+  for (float& lane : lanes.values) lane = -kInfinity;
+  for_lanes(count, &lanes, [&](int64_t j, float& lane) TW_INLINE { lane = E::load(values[j]) > lane ? E::load(values[j]) : lane; });
+  float maximum = -kInfinity;
+  for (float lane : lanes.values) maximum = lane > maximum ? lane : maximum;
+  return maximum;
+}
+
+// exps[j] = exp(scores[j] - maximum); returns their sum.
+template <class E>
+TW_INLINE inline float exponentials(const typename E::Bits* scores, int64_t count, float maximum, float* exps) {
+  Lanes lanes{};
+  for_lanes(count, &lanes, [&](int64_t j, float& lane) TW_INLINE {
+    exps[j] = exp_of_nonpositive(E::load(scores[j]) - maximum);
+    lane += exps[j];
+  });
+  return sum_of(lanes);
+}
+
+template <class E>
+TW_INLINE inline float dot(const typename E::Bits* a, const typename E::Bits* b, int64_t count) {
+  Lanes lanes{};
+  for_lanes(count, &lanes, [&](int64_t j, float& lane) TW_INLINE { lane += E::load(a[j]) * E::load(b[j]); });
+  return sum_of(lanes);
 }
 
 // A matrix of floats with rows `stride` apart.
@@ -369,13 +403,8 @@ void Standard::State::forward_item(const Arguments& a, const Item& it) {
         e = row;
       else
         e = floats;
-      float partial = 0;
-#pragma omp simd reduction(+ : partial)
-      for (int64_t j = first; j < last; ++j) {
-        e[j] = exp_of_nonpositive(E::load(row[j]) - maximum);
-        partial += e[j];
-      }
-      sum = partial + (logit == -kInfinity ? 0 : exp_of_nonpositive(logit - maximum));
+      sum =
+          exponentials<E>(row + first, last - first, maximum, e + first) + (logit == -kInfinity ? 0 : exp_of_nonpositive(logit - maximum));
       const float inverse = 1 / sum;
 #pragma omp simd
       for (int64_t j = first; j < last; ++j) row[j] = E::store(e[j] * inverse);
@@ -424,10 +453,7 @@ void Standard::State::backward_queries(const Arguments& a, const Item& it, float
     float delta = 0;
     const float* dlse = lse_at(a.dlse, problem.packed, it.b, it.head, it.s, i);
     with_vectors([&]() TW_INLINE {
-      float partial = 0;
-#pragma omp simd reduction(+ : partial)
-      for (int64_t j = 0; j < keys; ++j) partial += E::load(pr[j]) * E::load(row[j]);
-      delta = partial - (dlse ? *dlse : 0);
+      delta = dot<E>(pr, row, keys) - (dlse ? *dlse : 0);
       if (th) {
 #pragma omp simd
         for (int64_t j = 0; j < keys; ++j)

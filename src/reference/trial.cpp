@@ -134,7 +134,7 @@ std::vector<int32_t> draw_lengths(Random* random, int64_t batch, int64_t longest
 
 // What luck may add to twice the standard computation's error: so many roundings of the sums that make an output. It
 // decides for short rows, where standard attention may be exact by chance (one key: p = 1); for long rows it is far below.
-constexpr double kFloorMax = 8, kFloorMean = 4;
+constexpr double kFloorMax = 12, kFloorMean = 4;
 constexpr double kFrobenius32 = 2e-6;
 
 double unit_roundoff(DataType dtype) { return dtype == DataType::kFloat32 ? 0x1p-24 : dtype == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11; }
@@ -660,8 +660,12 @@ Problem random_problem(uint64_t seed, const FuzzLimits& limits) {
     const int64_t high = std::clamp<int64_t>(static_cast<int64_t>(bound), 1, limits.max_seqlen);
     return random.chance(0.3) ? high : random.integer(1, high);
   };
-  p.seqlen_q = draw_seqlen(side * aspect);
-  p.seqlen_k = random.chance(0.3) ? p.seqlen_q : draw_seqlen(side / aspect);
+  if (random.chance(0.3)) {
+    p.seqlen_q = p.seqlen_k = draw_seqlen(side);
+  } else {
+    p.seqlen_q = draw_seqlen(side * aspect);
+    p.seqlen_k = draw_seqlen(side / aspect);
+  }
   if (random.chance(0.02)) p.seqlen_k = 0;
 
   const double mask = random.next();
@@ -674,9 +678,10 @@ Problem random_problem(uint64_t seed, const FuzzLimits& limits) {
   if (random.chance(0.4)) p.alignment = Alignment::kTopLeft;
   if (random.chance(0.35)) {
     p.packed = true;
-    if (random.chance(0.5)) p.batch = small(1, 12, 1);
-    p.total_q = random.chance(0.1) ? p.batch * p.seqlen_q : random.integer(0, p.batch * p.seqlen_q);
-    p.total_k = random.chance(0.1) ? p.batch * p.seqlen_k : random.integer(0, p.batch * p.seqlen_k);
+    const int64_t most_q = p.batch * p.seqlen_q, most_k = p.batch * p.seqlen_k;
+    if (random.chance(0.5)) p.batch = random.integer(p.batch, 12);
+    p.total_q = random.chance(0.1) ? most_q : random.integer(0, most_q);
+    p.total_k = random.chance(0.1) ? most_k : random.integer(0, most_k);
   }
   p.seqused_k = random.chance(0.2);
   if (random.chance(0.15)) p.softmax_scale = static_cast<float>(2 * random.next() - 1) / std::sqrt(static_cast<float>(p.head_dim));

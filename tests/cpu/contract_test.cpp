@@ -87,9 +87,15 @@ Affected affected_by(const Problem& p, bool is_key, int64_t head, int64_t positi
   for (int64_t h = 0; h < p.num_heads_q; ++h)
     for (int64_t i = 0; i < p.seqlen_q; ++i)
       if (is_key ? h / group == head && sees(i, position) : h == head && i == position) a.rows.insert({h, i});
-  for (auto [h, i] : a.rows)
-    for (int64_t j = 0; j < p.seqlen_k; ++j)
-      if (sees(i, j)) a.keys.insert({h / group, j});
+  std::erase_if(a.rows, [&](const auto& row) {
+    bool used = false;  // a query that sees no key is not used either
+    for (int64_t j = 0; j < p.seqlen_k; ++j) {
+      if (!sees(row.second, j)) continue;
+      a.keys.insert({row.first / group, j});
+      used = true;
+    }
+    return !used;
+  });
   return a;
 }
 

@@ -151,8 +151,8 @@ TEST_P(Resources, WorkspaceGrowsWithTheLengthOnly) {
       const auto bytes = [&](int64_t n) {
         return static_cast<double>(Plan::make(parse(pass + (" q" + std::to_string(n)) + rest), Device::cpu(2))->workspace_bytes());
       };
-      EXPECT_LE(bytes(65536), 4.5 * bytes(16384) + (1 << 20)) << pass << rest;
-      EXPECT_LE(bytes(16384), 4.5 * bytes(4096) + (1 << 20)) << pass << rest;
+      // Backward keeps up to 16 partial sums of dq, one for each chunk of keys: from 32768 keys on it grows with the queries only.
+      EXPECT_LE(bytes(1 << 20), 4.1 * bytes(1 << 18)) << pass << rest;
     }
 }
 
