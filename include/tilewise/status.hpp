@@ -47,16 +47,21 @@ class [[nodiscard]] Result {
   explicit operator bool() const { return ok(); }
   Status status() const { return ok() ? Status() : std::get<Status>(state_); }
   // The value; throws std::runtime_error with the message where there is none.
-  T& value() {
+  T& value() & {
     status().check();
     return std::get<T>(state_);
   }
-  const T& value() const {
+  const T& value() const& {
     status().check();
     return std::get<T>(state_);
   }
-  T& operator*() { return value(); }
-  const T& operator*() const { return value(); }
+  T value() && {
+    status().check();
+    return std::move(std::get<T>(state_));
+  }
+  T& operator*() & { return value(); }
+  const T& operator*() const& { return value(); }
+  T operator*() && { return std::move(*this).value(); }
   T* operator->() { return &value(); }
   const T* operator->() const { return &value(); }
 

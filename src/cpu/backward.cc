@@ -42,7 +42,8 @@ struct Layout {
   }
 };
 
-// Where the tiles of a sequence lie in dq_sum: sequences take whole tiles, at most one more than their share of rows.
+// Where the tiles of a sequence lie in dq_sum: sequences take whole tiles, at most one more than their share of rows. Buffers
+// 0 to chunks_at_once - 1 are the chunks of a round; the next one is the sum of the rounds before.
 int64_t first_tile(const Group& g) {
   const int64_t row = g.p.cu_seqlens_q ? g.seq.q_row : static_cast<int64_t>(g.batch_index) * g.p.seqlen_q;
   return row * g.p.group / kTileRows + g.batch_index;
@@ -272,7 +273,7 @@ void backward_delta(const Params& p, int b, int kv_head) {
   }
 }
 
-void backward_item(const Params& p, int b, int kv_head, int chunk_begin, int chunk_end, void* scratch) {
+void backward_item(const Params& p, int b, int kv_head, int chunk, void* scratch) {
   const FlushSubnormals guard;
   const Group g(p, b, kv_head);
   const Layout at(p);
@@ -281,68 +282,67 @@ void backward_item(const Params& p, int b, int kv_head, int chunk_begin, int chu
   BackwardTile& tile = *reinterpret_cast<BackwardTile*>(base);
   const RowData x{floats(at.q), floats(at.do_), floats(at.q_t), floats(at.do_t), floats(at.p), floats(at.ds)};
   KeyBlock block{floats(at.k), floats(at.v), floats(at.dk), floats(at.dv), 0, 0, false};
-  const int64_t tiles = ceil_div<int64_t>(g.rows, kTileRows), dq_floats = static_cast<int64_t>(at.dims_k) * kTileRows;
-  const int chunk = chunk_keys(g.seq.seqlen_k);
-  chunk_end = min_of(chunk_end, num_chunks(g.seq.seqlen_k));
 
-  for (int c = chunk_begin; c < chunk_end; ++c) {
-    const int buffer = p.chunks_apart ? c : min_of(c, 1);
-    clear_floats(dq_tile(g, buffer, 0), tiles * dq_floats);
-    const int chunk_n1 = min_of((c + 1) * chunk, g.seq.seqlen_k);
-    for (block.n0 = c * chunk; block.n0 < chunk_n1; block.n0 = block.n1) {
-      block.n1 = min_of(block.n0 + p.tile.block_n, chunk_n1);
-      block.tainted = pack_keys(g, p.k, p.head_dim, block.n0, block.n1, at.ldk, block.k);
-      pack_keys(g, p.v, p.head_dim_v, block.n0, block.n1, at.ldv, block.v);
-      clear_floats(block.dk, static_cast<int64_t>(block.n1 - block.n0) * at.ldk);
-      clear_floats(block.dv, static_cast<int64_t>(block.n1 - block.n0) * at.ldv);
-      const int64_t row_begin = static_cast<int64_t>(first_query(g.mask, block.n0)) * p.group;
-      const int64_t row_end = static_cast<int64_t>(end_query(g.mask, block.n1 - 1)) * p.group;
-      for (int64_t t = row_begin / kTileRows; t * kTileRows < row_end; ++t) {
-        load_rows(g, at, t * kTileRows, x, tile);
-        const auto step = tile.vectors == 1 ? differentiate<1> : tile.vectors == 2 ? differentiate<2> : differentiate<3>;
-        for (int n = block.n0; n < block.n1; n += p.tile.tile_n) {
-          // In whole groups of keys from the block's first, since a group's dK and dV are written together.
-          const int skipped = max_of(tile.first_key - n, 0) / kRegisterRows * kRegisterRows;
-          const int n0 = n + skipped, n1 = min_of(min_of(n + p.tile.tile_n, block.n1), tile.end_key);
-          if (n0 < n1) step(p, at, tile, block, n0, n1, x, dq_tile(g, buffer, t));
-        }
-      }
-      store_keys(g, at, block);
-    }
-    if (buffer == 1 && !p.chunks_apart) {
-      float *sum = dq_tile(g, 0, 0), *part = dq_tile(g, 1, 0);
-      const F d;
-      for (int64_t i = 0; i < tiles * dq_floats; i += kLanes) hn::Store(hn::Add(hn::Load(d, sum + i), hn::Load(d, part + i)), d, sum + i);
-    }
-  }
-
-  if (chunk_begin == 0) {  // keys past seqused_k take no part: their gradients are 0
+  if (chunk == 0) {  // keys past seqused_k take no part: their gradients are 0
     const Sequence whole = sequence_of(b, p.seqlen_q, p.seqlen_k, p.cu_seqlens_q, p.cu_seqlens_k, nullptr);
     clear_floats(block.dk, at.ldk);
     clear_floats(block.dv, at.ldv);
-    for (int j = g.seq.seqlen_k; j < whole.seqlen_k; ++j) {
-      block.n0 = j;
-      block.n1 = j + 1;
+    for (block.n0 = g.seq.seqlen_k; block.n0 < whole.seqlen_k; block.n0 = block.n1) {
+      block.n1 = block.n0 + 1;
       store_keys(g, at, block);
     }
   }
+  if (chunk >= num_chunks(g.seq.seqlen_k)) return;
+
+  const int buffer = chunk % p.chunks_at_once;
+  const int chunk_n0 = chunk * chunk_keys(g.seq.seqlen_k), chunk_n1 = min_of(chunk_n0 + chunk_keys(g.seq.seqlen_k), g.seq.seqlen_k);
+  clear_floats(dq_tile(g, buffer, 0), ceil_div<int64_t>(g.rows, kTileRows) * at.dims_k * kTileRows);
+  for (block.n0 = chunk_n0; block.n0 < chunk_n1; block.n0 = block.n1) {
+    block.n1 = min_of(block.n0 + p.tile.block_n, chunk_n1);
+    block.tainted = pack_keys(g, p.k, p.head_dim, block.n0, block.n1, at.ldk, block.k);
+    pack_keys(g, p.v, p.head_dim_v, block.n0, block.n1, at.ldv, block.v);
+    clear_floats(block.dk, static_cast<int64_t>(block.n1 - block.n0) * at.ldk);
+    clear_floats(block.dv, static_cast<int64_t>(block.n1 - block.n0) * at.ldv);
+    const int64_t row_begin = static_cast<int64_t>(first_query(g.mask, block.n0)) * p.group;
+    const int64_t row_end = static_cast<int64_t>(end_query(g.mask, block.n1 - 1)) * p.group;
+    for (int64_t t = row_begin / kTileRows; t * kTileRows < row_end; ++t) {
+      load_rows(g, at, t * kTileRows, x, tile);
+      const auto step = tile.vectors == 1 ? differentiate<1> : tile.vectors == 2 ? differentiate<2> : differentiate<3>;
+      for (int n = block.n0; n < block.n1; n += p.tile.tile_n) {
+        // In whole groups of keys from the block's first, since a group's dK and dV are written together.
+        const int skipped = max_of(tile.first_key - n, 0) / kRegisterRows * kRegisterRows;
+        const int n0 = n + skipped, n1 = min_of(min_of(n + p.tile.tile_n, block.n1), tile.end_key);
+        if (n0 < n1) step(p, at, tile, block, n0, n1, x, dq_tile(g, buffer, t));
+      }
+    }
+    store_keys(g, at, block);
+  }
 }
 
-// dq of a tile of rows: the sums over the chunks, in order.
-void backward_dq(const Params& p, int b, int kv_head, int64_t t, void* scratch) {
+// Adds the sums of the chunks from chunk_begin on that were worked on at once to those before them, in order. The last time they
+// become dq.
+void backward_dq(const Params& p, int b, int kv_head, int64_t t, int chunk_begin, bool last, void* scratch) {
   const FlushSubnormals guard;
   const Group g(p, b, kv_head);
   if (t * kTileRows >= g.rows) return;
   const F d;
   const Layout at(p);
-  const int chunks = num_chunks(g.seq.seqlen_k), buffers = p.chunks_apart ? chunks : min_of(chunks, 1);
   const int64_t dq_floats = static_cast<int64_t>(at.dims_k) * kTileRows;
+  const int chunk_end = min_of(chunk_begin + p.chunks_at_once, num_chunks(g.seq.seqlen_k));
   float* rows = static_cast<float*>(scratch);
   float* sum = rows + 4 * static_cast<ptrdiff_t>(at.ldk);
-  clear_floats(sum, dq_floats);
-  for (int buffer = 0; buffer < buffers; ++buffer) {
-    const float* part = dq_tile(g, buffer, t);
+  if (chunk_begin == 0) {
+    clear_floats(sum, dq_floats);
+  } else {
+    memcpy(sum, dq_tile(g, p.chunks_at_once, t), static_cast<size_t>(dq_floats) * sizeof(float));
+  }
+  for (int chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    const float* part = dq_tile(g, chunk % p.chunks_at_once, t);
     for (int64_t i = 0; i < dq_floats; i += kLanes) hn::Store(hn::Add(hn::Load(d, sum + i), hn::Load(d, part + i)), d, sum + i);
+  }
+  if (!last) {
+    memcpy(dq_tile(g, p.chunks_at_once, t), sum, static_cast<size_t>(dq_floats) * sizeof(float));
+    return;
   }
   const int count = g.rows - t * kTileRows < kTileRows ? static_cast<int>(g.rows - t * kTileRows) : kTileRows;
   for (int r = 0; r < count; r += 4) {

@@ -173,10 +173,11 @@ void finish_rows(const Group& g, const ForwardTile& tile, const float* o_t, int 
         store_scaled_row(rows + i * static_cast<ptrdiff_t>(ld), p.head_dim_v, empty ? 0.0f : 1.0f / l,
                          row_of<T>(p.o, g.batch_index, g.seq.q_row + at.query, g.head(at)));
       });
-      if (p.lse.data) {
-        p.lse.data[g.batch_index * p.lse.batch + g.head(at) * p.lse.head + g.seq.q_row + at.query] =
-            empty ? -kInfinity : static_cast<float>(static_cast<double>(m) * 0.69314718055994531 + static_cast<double>(logf(l)));
-      }
+      if (!p.lse.data) continue;
+      const bool unseen = tile.lo[r + i] >= tile.hi[r + i];
+      float lse = empty ? -kInfinity : static_cast<float>(static_cast<double>(m) * 0.69314718055994531 + static_cast<double>(logf(l)));
+      if (unseen && p.sink) lse = p.sink[g.head(at)];  // to the last bit
+      p.lse.data[g.batch_index * p.lse.batch + g.head(at) * p.lse.head + g.seq.q_row + at.query] = lse;
     }
   }
 }

@@ -77,6 +77,9 @@ RowTensor row_tensor(const TensorView& t) {
   return {data, t.stride[0], t.stride[1]};
 }
 
+// No sequence of the problem has more chunks of keys.
+int most_chunks(const Params& p) { return std::clamp(ceil_div(p.seqlen_k, kChunkKeys), 1, kMaxChunks); }
+
 Params make_params(const Isa& isa, const Problem& p, const Device& device, const Arguments& a) {
   Params r{};
   r.element = p.dtype == DataType::kFloat32 ? Element::kFloat32 : p.dtype == DataType::kBFloat16 ? Element::kBFloat16 : Element::kFloat16;
@@ -111,8 +114,9 @@ Params make_params(const Isa& isa, const Problem& p, const Device& device, const
   r.dlse = row_tensor(a.dlse);
   r.total_rows = p.packed ? p.total_q : p.batch * p.seqlen_q;
   r.dq_tiles = r.total_rows * r.group / (3 * isa.lanes) + p.batch;
-  // Enough heads keep every thread busy without cutting the keys, which costs a buffer a chunk.
-  r.chunks_apart = p.batch * p.num_heads_kv < 2 * device.units;
+  // As many chunks at once as keep every thread busy, since each costs a buffer.
+  const int64_t heads = std::max<int64_t>(p.batch * p.num_heads_kv, 1);
+  r.chunks_at_once = static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(2 * device.units, heads), 1, most_chunks(r)));
   r.tile = p.pass == Pass::kForward ? forward_shape(isa, p, device) : backward_shape(isa, p, device);
   return r;
 }
@@ -141,7 +145,7 @@ Status check_lengths(const Problem& p, const Params& params) {
 // Calls work(item, scratch of this thread) for every item, in order of the items, each by whichever thread is free.
 template <class Work>
 void for_each_item(int64_t items, int threads, char* scratch, size_t scratch_bytes, Work work) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(static_cast <int>(std::clamp <int64_t>(items, 1, threads)))
   {
     char* mine = scratch + static_cast<size_t>(omp_get_thread_num()) * scratch_bytes;
 #pragma omp for schedule(dynamic, 1)
@@ -174,8 +178,7 @@ struct BackwardWorkspace {
   size_t scratch, delta, dq_sum, bytes;
 
   BackwardWorkspace(const Isa& isa, const Params& p, const Device& device) {
-    const int64_t chunks = std::min(kMaxChunks, ceil_div(p.seqlen_k, kChunkKeys));
-    const int64_t buffers = p.chunks_apart ? chunks : std::min<int64_t>(chunks, 2);
+    const int64_t buffers = p.chunks_at_once + (most_chunks(p) > p.chunks_at_once);
     const int64_t dq_floats = buffers * p.num_heads_kv * p.dq_tiles * round_up(p.head_dim, 8) * 3 * isa.lanes;
     scratch = page_round(isa.backward_scratch(p));
     delta = scratch * static_cast<size_t>(device.units);
@@ -215,18 +218,19 @@ Status backward(const Isa& isa, const Problem& p, const Device& device, const Ar
   for_each_item(groups, device.units, workspace, at.scratch,
                 [&](int64_t i, char*) { isa.backward_delta(params, static_cast<int>(i / heads), static_cast<int>(i % heads)); });
   if (a.dsink) sink_gradients(p, params, device.units, static_cast<float*>(a.dsink.data));
-  const int chunks = params.chunks_apart ? std::max(std::min(kMaxChunks, ceil_div(params.seqlen_k, kChunkKeys)), 1) : 1;
-  for_each_item(groups * chunks, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
-    const int64_t i = item / chunks;
-    const int chunk = static_cast<int>(item % chunks);
-    isa.backward_item(params, static_cast<int>(i / heads), static_cast<int>(i % heads), chunk, params.chunks_apart ? chunk + 1 : kMaxChunks,
-                      scratch);
-  });
+  const int chunks = most_chunks(params), round = params.chunks_at_once;
   const int64_t tiles = ceil_div<int64_t>(rows_per_head_group(p), 3 * isa.lanes);
-  for_each_item(groups * tiles, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
-    const int64_t i = item / tiles;
-    isa.backward_dq(params, static_cast<int>(i / heads), static_cast<int>(i % heads), item % tiles, scratch);
-  });
+  for (int chunk = 0; chunk < chunks; chunk += round) {
+    for_each_item(groups * round, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
+      const int64_t i = item / round;
+      isa.backward_item(params, static_cast<int>(i / heads), static_cast<int>(i % heads), chunk + static_cast<int>(item % round), scratch);
+    });
+    for_each_item(groups * tiles, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
+      const int64_t i = item / tiles;
+      isa.backward_dq(params, static_cast<int>(i / heads), static_cast<int>(i % heads), item % tiles, chunk, chunk + round >= chunks,
+                      scratch);
+    });
+  }
   return {};
 }
 

@@ -45,13 +45,13 @@ struct Params {
   Tensor q, k, v, o, do_, dq, dk, dv;
   RowTensor lse, dlse;
   TileShape tile;
-  // Backward's workspace. Sums of dq over the keys of one chunk lie apart and are added in order of the chunks, so that
-  // the result is the same whether one thread or several take the chunks of a sequence.
+  // Backward's workspace. Sums of dq over the keys of one chunk lie apart and are added in order of the chunks, so that the
+  // result is the same however many chunks are worked on at once.
   float* delta;        // [num_heads_q, rows] rowsum(do * o) - dlse, rows as in q over all sequences
-  float* dq_sum;       // [dq_buffers, num_heads_kv, dq_tiles, head_dim rounded up, kTileRows]
+  float* dq_sum;       // [chunks_at_once, and 1 where one round is not enough][num_heads_kv, dq_tiles, head_dim rounded up, kTileRows]
   int64_t total_rows;  // batch * seqlen_q or total_q
   int64_t dq_tiles;    // tiles of rows of one key/value head over all sequences
-  bool chunks_apart;   // dq_buffers = chunks, else 2: the sum and the chunk in work
+  int chunks_at_once;
 };
 
 inline Sequence sequence(const Params& p, int b) {
@@ -74,10 +74,11 @@ struct Isa {
   size_t (*forward_scratch)(const Params&);
   void (*forward_item)(const Params&, int batch_index, int kv_head, int64_t m_block, void* scratch);
   size_t (*backward_scratch)(const Params&);
-  // Each of these must be done for all heads before the next begins.
+  // Backward: delta of all heads; then in rounds of chunks_at_once chunks the items of a round, and when they are done its sums
+  // of dq. The last round's sums become dq.
   void (*backward_delta)(const Params&, int batch_index, int kv_head);
-  void (*backward_item)(const Params&, int batch_index, int kv_head, int chunk_begin, int chunk_end, void* scratch);
-  void (*backward_dq)(const Params&, int batch_index, int kv_head, int64_t tile, void* scratch);
+  void (*backward_item)(const Params&, int batch_index, int kv_head, int chunk, void* scratch);
+  void (*backward_dq)(const Params&, int batch_index, int kv_head, int64_t tile, int chunk_begin, bool last, void* scratch);
   void (*multiply_add)(int64_t repeats);  // 48 independent chains: 2 * lanes * 48 FLOP per repeat
 };
 

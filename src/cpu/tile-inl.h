@@ -48,8 +48,8 @@ size_t forward_scratch(const Params& p);
 void forward_item(const Params& p, int batch_index, int kv_head, int64_t m_block, void* scratch);
 size_t backward_scratch(const Params& p);
 void backward_delta(const Params& p, int batch_index, int kv_head);
-void backward_item(const Params& p, int batch_index, int kv_head, int chunk_begin, int chunk_end, void* scratch);
-void backward_dq(const Params& p, int batch_index, int kv_head, int64_t tile, void* scratch);
+void backward_item(const Params& p, int batch_index, int kv_head, int chunk, void* scratch);
+void backward_dq(const Params& p, int batch_index, int kv_head, int64_t tile, int chunk_begin, bool last, void* scratch);
 
 // Results below 2^-126 are flushed to zero while a kernel runs: a subnormal exp costs twenty times a normal one.
 class FlushSubnormals {
@@ -117,10 +117,47 @@ HWY_INLINE V load_vector(F d, const hwy::bfloat16_t* p) {
   const auto bits = hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p));
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, bits)));
 }
+#if HWY_ARCH_X86 && HWY_TARGET >= HWY_SSE4
+// Without F16C Highway's own conversions give up infinities and rounding. Subnormals go through integers, since the kernels
+// run with subnormal floats as zero.
+HWY_INLINE V load_vector(F d, const hwy::float16_t* p) {
+  const hn::Rebind<uint16_t, F> d16;
+  const hn::RebindToUnsigned<F> d32;
+  const I di;
+  const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
+  const auto magnitude = hn::And(bits, hn::Set(d32, 0x7fff)), exponent = hn::And(bits, hn::Set(d32, 0x7c00));
+  const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(d32, 0x8000))), wide = hn::ShiftLeft<13>(magnitude);
+  const V tiny = hn::Mul(hn::ConvertTo(d, hn::BitCast(di, magnitude)), hn::Set(d, 0x1p-24f));
+  auto result = hn::Add(wide, hn::Set(d32, 112u << 23));
+  result = hn::IfThenElse(hn::Eq(exponent, hn::Set(d32, 0x7c00)), hn::Or(wide, hn::Set(d32, 0x7f800000)), result);
+  result = hn::IfThenElse(hn::Eq(exponent, hn::Zero(d32)), hn::BitCast(d32, tiny), result);
+  return hn::BitCast(d, hn::Or(result, sign));
+}
+HWY_INLINE void store_vector(F d, V x, hwy::float16_t* p) {
+  const hn::Rebind<uint16_t, F> d16;
+  const hn::RebindToUnsigned<F> d32;
+  const auto bits = hn::BitCast(d32, x), magnitude = hn::And(bits, hn::Set(d32, 0x7fffffff));
+  const V absolute = hn::Abs(x);
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(d32, 1));
+  auto result = hn::ShiftRight<13>(hn::Sub(hn::Add(magnitude, hn::Add(odd, hn::Set(d32, 0xfff))), hn::Set(d32, 112u << 23)));
+  // 0.5 has steps of 2^-24, those of float16's subnormals: adding it rounds to them.
+  const auto tiny = hn::Sub(hn::BitCast(d32, hn::Add(absolute, hn::Set(d, 0.5f))), hn::Set(d32, 0x3f000000));
+  result = hn::IfThenElse(hn::RebindMask(d32, hn::Lt(absolute, hn::Set(d, 0x1p-14f))), tiny, result);
+  result = hn::IfThenElse(hn::RebindMask(d32, hn::Ge(absolute, hn::Set(d, 65520.0f))), hn::Set(d32, 0x7c00), result);
+  result = hn::IfThenElse(hn::RebindMask(d32, hn::IsNaN(x)), hn::Set(d32, 0x7e00), result);
+  result = hn::Or(result, hn::ShiftLeft<15>(hn::ShiftRight<31>(bits)));
+  hn::StoreU(hn::TruncateTo(d16, result), d16, reinterpret_cast<uint16_t*>(p));
+}
+#else
 HWY_INLINE V load_vector(F d, const hwy::float16_t* p) {
   const hn::Rebind<hwy::float16_t, F> d16;
   return hn::PromoteTo(d, hn::LoadU(d16, p));
 }
+HWY_INLINE void store_vector(F, V x, hwy::float16_t* p) {
+  const hn::Rebind<hwy::float16_t, F> d16;
+  hn::StoreU(hn::DemoteTo(d16, x), d16, p);
+}
+#endif
 
 HWY_INLINE void store_vector(F d, V x, float* p) { hn::StoreU(x, d, p); }
 // Round to nearest, ties to even; NaN stays NaN.
@@ -134,11 +171,6 @@ HWY_INLINE void store_vector(F, V x, hwy::bfloat16_t* p) {
   const auto high = hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(d32, hn::IsNaN(x)), quiet, rounded));
   hn::StoreU(hn::TruncateTo(d16, high), d16, reinterpret_cast<uint16_t*>(p));
 }
-HWY_INLINE void store_vector(F, V x, hwy::float16_t* p) {
-  const hn::Rebind<hwy::float16_t, F> d16;
-  hn::StoreU(hn::DemoteTo(d16, x), d16, p);
-}
-
 // One row of n elements times `factor` to float32, zeros up to round_up(n, kLanes). Gives back x * 0 summed over the
 // row: not zero exactly where the row holds a NaN or an infinity.
 template <class T>
