@@ -1,0 +1,177 @@
+// THE table of CUDA kernels: names, what each accepts, how it is launched.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <limits>
+
+#include "cuda/backend.h"
+#include "cuda/forward_rows.h"
+#include "cuda/tensor_map.h"
+
+namespace tilewise::cuda {
+namespace {
+
+// The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
+constexpr int kForwardRows = 24;
+const std::array<ForwardRow, kForwardRows>& forward_table() {
+  static const std::array<ForwardRow, kForwardRows> kTable = [] {
+    std::array<ForwardRow, kForwardRows> table;
+    auto next = table.begin();
+    for (const auto& rows : {forward_rows<Forward64>(), forward_rows<Forward96>(), forward_rows<Forward128>(),
+                             forward_rows<Forward192x128>(), forward_rows<Forward192>(), forward_rows<Forward256>()})
+      next = std::copy(rows.begin(), rows.end(), next);
+    return table;
+  }();
+  return kTable;
+}
+
+std::string forward_name(const ForwardConfig& c) {
+  std::string name = c.element == ptx::Element::kBFloat16 ? "forward_sm90_bf16_d" : "forward_sm90_fp16_d";
+  name += std::to_string(c.head_dim);
+  if (c.head_dim_v != c.head_dim) name += "_" + std::to_string(c.head_dim_v);
+  return c.modified ? name + "_modified" : name;
+}
+
+// "head_dim 80 is above 64", "head_dim 20 is not a multiple of 8".
+std::string refuse_dim(const char* name, int64_t dim, int largest) {
+  const std::string text = std::string(name) + " " + std::to_string(dim);
+  if (dim % 8 != 0) return text + " is not a multiple of 8";
+  return dim > largest ? text + " is above " + std::to_string(largest) : std::string();
+}
+
+int64_t pairs_of(const Problem& p, int block_m) {
+  // A packed batch has at most one pair that is not full for each sequence.
+  const int64_t rows = p.packed ? p.total_q + p.batch * (2 * block_m) : p.seqlen_q;
+  const int64_t pairs = (rows + 2 * block_m - 1) / (2 * block_m);
+  return p.num_heads_q * pairs * (p.packed ? 1 : p.batch);
+}
+
+std::string forward_refusal(const ForwardRow& row, const Problem& p, const Device& device) {
+  const ForwardConfig& c = row.config;
+  if (device.arch != "sm_90") return "needs sm_90, the device has " + device.arch;
+  if (static_cast<int64_t>(row.shared_bytes) > device.desk_bytes)
+    return "needs " + std::to_string(row.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(device.desk_bytes);
+  const bool bfloat16 = c.element == ptx::Element::kBFloat16;
+  if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16)) return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
+  const bool modified = p.softcap > 0 || p.alibi;
+  if (modified != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
+  if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
+  if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
+  if (const int64_t pairs = pairs_of(p, c.block_m()); pairs > std::numeric_limits<int>::max() - device.units)
+    return "batch, heads and seqlen_q make " + std::to_string(pairs) + " pairs of tiles, more than fit into 32 bits";
+  return {};
+}
+
+// [batch, rows, heads, columns], or packed [rows, heads, columns], for plain loads and for the copy engine.
+Elements elements(const TensorView& t) {
+  if (t.rank == 3) return {t.data, 0, t.stride[0], t.stride[1]};
+  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+}
+MapSource map_source(const TensorView& t, bool bfloat16) {
+  if (t.rank == 3) return {t.data, bfloat16, 1, t.shape[0], t.shape[1], t.shape[2], 0, t.stride[0], t.stride[1]};
+  return {t.data, bfloat16, t.shape[0], t.shape[1], t.shape[2], t.shape[3], t.stride[0], t.stride[1], t.stride[2]};
+}
+
+// The copy engine and 16-byte stores need rows that begin at multiples of 16 bytes.
+Status check_rows(const char* name, const TensorView& t) {
+  const std::string rule = " is not a multiple of 16 bytes, which sm_90 kernels need";
+  if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) return unsupported(std::string(name) + ": the address of its first element" + rule);
+  for (int i = 0; i + 1 < t.rank; ++i) {
+    if (t.shape[i] <= 1) continue;
+    if (t.stride[i] % 8 != 0) return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) + rule);
+    if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39)
+      return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) +
+                         " is not between 0 and 2^39 elements, which sm_90 kernels need");
+  }
+  return {};
+}
+
+// More than 48 KB of shared memory must be asked for once per device.
+Status allow_shared(int index, const Device& device) {
+  static std::array<std::atomic<uint64_t>, kForwardRows> allowed{};
+  const uint64_t bit = uint64_t{1} << (device.index % 64);
+  if (device.index < 64 && allowed[index].load(std::memory_order_relaxed) & bit) return {};
+  const ForwardRow& row = forward_table()[index];
+  const cudaError_t error = cudaFuncSetAttribute(row.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(row.shared_bytes));
+  if (Status status = status_of(error, "cudaFuncSetAttribute"); !status.ok()) return status;
+  if (device.index < 64) allowed[index].fetch_or(bit, std::memory_order_relaxed);
+  return {};
+}
+
+Status launch_forward(int index, const Problem& p, const Device& device, const Arguments& a, Stream stream) {
+  const ForwardRow& row = forward_table()[index];
+  const bool bfloat16 = row.config.element == ptx::Element::kBFloat16;
+  if (a.q.shape[0] == 0 || a.q.shape[1] == 0 || p.seqlen_q == 0 || p.batch == 0) return {};  // nothing to write
+  struct Named {
+    const char* name;
+    const TensorView& view;
+  };
+  for (const Named& t : {Named{"q", a.q}, Named{"k", a.k}, Named{"v", a.v}, Named{"o", a.o}})
+    if (Status status = check_rows(t.name, t.view); !status.ok()) return status;
+  const Current current(device);
+  if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
+  if (Status status = allow_shared(index, device); !status.ok()) return status;
+
+  ForwardParams r{};
+  if (Status status = make_tensor_map(map_source(a.q, bfloat16), 64, r.q_map); !status.ok()) return status;
+  if (Status status = make_tensor_map(map_source(a.k, bfloat16), row.config.block_n, r.k_map); !status.ok()) return status;
+  if (Status status = make_tensor_map(map_source(a.v, bfloat16), row.config.block_n, r.v_map); !status.ok()) return status;
+  r.q = elements(a.q);
+  r.k = elements(a.k);
+  r.v = elements(a.v);
+  r.o = elements(a.o);
+  r.lse = static_cast<float*>(a.lse.data);
+  r.lse_batch = a.lse.rank == 3 ? a.lse.stride[0] : 0;
+  r.lse_head = a.lse.rank == 3 ? a.lse.stride[1] : a.lse.stride[0];
+  r.cu_seqlens_q = static_cast<const int*>(a.cu_seqlens_q.data);
+  r.cu_seqlens_k = static_cast<const int*>(a.cu_seqlens_k.data);
+  r.seqused_k = static_cast<const int*>(a.seqused_k.data);
+  r.alibi_slopes = static_cast<const float*>(a.alibi_slopes.data);
+  r.alibi_batch = a.alibi_slopes.rank == 2 ? a.alibi_slopes.stride[0] : 0;
+  r.sink = static_cast<const float*>(a.sink.data);
+  r.window_left = p.window_left;
+  r.window_right = p.window_right;
+  r.batch = static_cast<int>(p.batch);
+  r.num_heads = static_cast<int>(p.num_heads_q);
+  r.group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
+  r.seqlen_q = static_cast<int>(p.seqlen_q);
+  r.seqlen_k = static_cast<int>(p.seqlen_k);
+  r.head_dim = static_cast<int>(p.head_dim);
+  r.head_dim_v = static_cast<int>(p.head_dim_v);
+  r.scale = p.scale();
+  r.softcap = p.softcap;
+  r.top_left = p.alignment == Alignment::kTopLeft;
+  const auto ctas = static_cast<unsigned>(std::min<int64_t>(device.units, pairs_of(p, row.config.block_m())));
+  void* arguments[] = {&r};
+  return status_of(cudaLaunchKernel(row.function, dim3(ctas), dim3(static_cast<unsigned>(row.config.threads())), arguments, row.shared_bytes, stream),
+                   "cudaLaunchKernel");
+}
+
+// A Kernel is plain functions, so each row has its own set.
+template <int kIndex>
+Kernel forward_kernel() {
+  static const std::string kName = forward_name(forward_table()[kIndex].config);
+  return {
+      .name = kName,
+      .device = DeviceType::kCuda,
+      .pass = Pass::kForward,
+      .refusal = [](const Problem& p, const Device& device) { return forward_refusal(forward_table()[kIndex], p, device); },
+      .tile_plan = [](const Problem&, const Device& device) {
+        const ForwardRow& row = forward_table()[kIndex];
+        return TilePlan{row.config.block_m(), row.config.block_n, static_cast<int64_t>(row.shared_bytes), device.units};
+      },
+      .workspace_bytes = [](const Problem&, const Device&) { return size_t{0}; },
+      .launch = [](const Problem& p, const Device& device, const Arguments& a, Stream stream) { return launch_forward(kIndex, p, device, a, stream); },
+  };
+}
+
+}  // namespace
+
+const std::vector<Kernel>& kernels() {
+  static const std::vector<Kernel> kKernels = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    return std::vector<Kernel>{forward_kernel<static_cast<int>(kIndex)>()...};
+  }(std::make_index_sequence<kForwardRows>());
+  return kKernels;
+}
+
+}  // namespace tilewise::cuda

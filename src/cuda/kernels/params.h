@@ -1,0 +1,50 @@
+// What the host tells a forward kernel. Everything that changes bounds, addresses or trip counts is here, not in a template.
+#pragma once
+
+#include <cuda.h>
+
+#include "core/config.h"
+#include "cuda/ptx/element.h"
+
+namespace tilewise {
+
+// All that changes the instructions of the inner loop.
+struct ForwardConfig {
+  ptx::Element element = ptx::Element::kBFloat16;
+  int head_dim, head_dim_v;  // largest; smaller ones are filled with zeros
+  int consumers;             // warpgroups of 64 queries
+  int block_n;               // keys in a block
+  int parts;                 // that a block is split into
+  int stages;                // of the ring of keys and of the ring of values
+  int q_slots;               // tiles of queries in shared memory per warpgroup
+  bool in_turn;              // warpgroups issue their products one after the other
+  bool modified = false;     // softcap or ALiBi
+  TW_HD constexpr int block_m() const { return 64 * consumers; }
+  TW_HD constexpr int threads() const { return 128 * (consumers + 1); }
+  TW_HD constexpr int consumer_registers() const { return consumers == 2 ? 232 : 160; }
+  TW_HD constexpr int loader_registers() const { return consumers == 2 ? 40 : 32; }
+};
+
+// A tensor of 16-bit elements for plain loads and stores; strides in elements.
+struct Elements {
+  void* data;
+  long long batch, row, head;
+};
+
+struct ForwardParams {
+  CUtensorMap q_map, k_map, v_map;  // as tile/load.cuh reads them
+  Elements q, k, v, o;
+  float* lse;  // null: not wanted
+  long long lse_batch, lse_head;
+  const int *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
+  const float *alibi_slopes, *sink;  // null: none
+  long long alibi_batch;
+  long long window_left, window_right;
+  int batch, num_heads, group;         // group: query heads of one key/value head
+  int seqlen_q, seqlen_k;              // packed: upper bounds
+  int head_dim, head_dim_v;
+  float scale, softcap;
+  bool top_left;
+};
+
+}  // namespace tilewise

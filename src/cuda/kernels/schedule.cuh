@@ -1,0 +1,114 @@
+// Which tiles a CTA computes, in which order. A tile is block_m queries of one head, and two tiles, one from the end of a sequence and
+// one from its beginning, make a pair: under a causal mask all pairs of a head are equal work. Pairs go round the CTAs in order of the
+// heads, so that CTAs that run together read the same keys and values from L2, and every other round backwards, so that where sequences
+// differ what a CTA has too much of in one round it has too little of in the next. Packed sequences are taken 32 at a time, longest
+// first. There is no counter in memory: nothing to reset, and every run is alike.
+#pragma once
+
+#include "core/mask.h"
+#include "core/sequence.h"
+#include "cuda/kernels/params.h"
+
+namespace tilewise {
+
+// One tile, as the scheduling warp tells it to the others.
+template <int kParts>
+struct WorkItem {
+  bool valid;  // false: no more work
+  int batch, head, m_begin;
+  Sequence sequence;
+  Band band;
+  BlockRange all, part[kParts];  // key blocks that the tile, and each warpgroup's 64 rows of it, see
+};
+
+// Walks this CTA's tiles; all 32 lanes of one warp call it together.
+struct Schedule {
+  int round = 0, second = -1;  // second: the tile that completes a pair
+  int batch = 0, head = 0;
+  unsigned first = 0;  // packed: pairs before the chunk of sequences that the lanes hold
+  int chunk = -1, chunk_batch = 0, chunk_m_blocks = 0, chunk_end = 0;  // this lane's sequence, and the pairs up to its end
+
+  // Packed: lane i holds the i-th longest sequence of the chunk.
+  __device__ __forceinline__ void load_chunk(const ForwardParams& params, int index, int block_m) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, batch = index * 32 + lane;
+    const int length = batch < params.batch ? params.cu_seqlens_q[batch + 1] - params.cu_seqlens_q[batch] : -1;
+    int rank = 0;
+    for (int other = 0; other < 32; ++other) {
+      const int theirs = __shfl_sync(0xffffffff, length, other);
+      rank += theirs > length || (theirs == length && other < lane);
+    }
+    // The lane whose rank is mine.
+    int source = 0;
+    for (int other = 0; other < 32; ++other)
+      if (__shfl_sync(0xffffffff, rank, other) == lane) source = other;
+    const int my_length = __shfl_sync(0xffffffff, length, source);
+    chunk = index;
+    chunk_batch = index * 32 + source;
+    chunk_m_blocks = my_length > 0 ? ceil_div(my_length, block_m) : 0;
+    chunk_end = (chunk_m_blocks + 1) / 2 * params.num_heads;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int before = __shfl_up_sync(0xffffffff, chunk_end, distance);
+      if (lane >= distance) chunk_end += before;
+    }
+  }
+
+  // Fills the item, which lies in shared memory. False: no tile is left. The ranges are one lane's work each.
+  template <int kParts>
+  __device__ __forceinline__ bool next(const ForwardParams& params, int block_n, WorkItem<kParts>& item) {
+    constexpr int kBlockM = 64 * kParts;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    item.valid = false;
+    int m_block = second;
+    second = -1;
+    if (m_block < 0) {
+      const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+      unsigned index = round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta), m_blocks, pairs;  // the host sees to it that 32 bits suffice
+      ++round;
+      if (!params.cu_seqlens_q) {
+        m_blocks = ceil_div(params.seqlen_q, kBlockM);
+        pairs = (m_blocks + 1) / 2;
+        head = index / pairs;
+        batch = head / params.num_heads;
+        if (batch >= params.batch) return false;
+        index -= head * pairs;
+        head -= batch * params.num_heads;
+      } else {
+        unsigned total = chunk < 0 ? 0 : __shfl_sync(0xffffffff, chunk_end, 31);
+        while (chunk < 0 || index >= first + total) {
+          if ((chunk + 1) * 32 >= params.batch) return false;
+          first += total;
+          load_chunk(params, chunk + 1, kBlockM);
+          total = __shfl_sync(0xffffffff, chunk_end, 31);
+        }
+        index -= first;
+        const int holder = __popc(__ballot_sync(0xffffffff, static_cast<unsigned>(chunk_end) <= index));
+        m_blocks = __shfl_sync(0xffffffff, chunk_m_blocks, holder);
+        pairs = (m_blocks + 1) / 2;
+        batch = __shfl_sync(0xffffffff, chunk_batch, holder);
+        index -= __shfl_sync(0xffffffff, chunk_end, holder) - pairs * params.num_heads;
+        head = index / pairs;
+        index -= head * pairs;
+      }
+      m_block = m_blocks - 1 - index;
+      if (m_block != static_cast<int>(index)) second = index;
+    }
+    const int m_begin = m_block * kBlockM;
+    const Sequence sequence = sequence_of(batch, params.seqlen_q, params.seqlen_k, params.cu_seqlens_q, params.cu_seqlens_k, params.seqused_k);
+    const Band band = make_band(sequence.seqlen_q, sequence.seqlen_k, params.window_left, params.window_right, params.top_left);
+    if (lane == 0) {
+      item.batch = batch;
+      item.head = head;
+      item.m_begin = m_begin;
+      item.sequence = sequence;
+      item.band = band;
+    }
+    // Lane i has part i, the lane after them the whole tile.
+    const int begin = m_begin + (lane < kParts ? 64 * lane : 0), end = min_of(begin + (lane < kParts ? 64 : kBlockM), band.seqlen_q);
+    const BlockRange range = begin < end ? kv_blocks(band, begin, end, block_n) : BlockRange{0, 0, 0, 0};
+    if (lane <= kParts) (lane < kParts ? item.part[lane] : item.all) = range;
+    item.valid = true;
+    return true;
+  }
+};
+
+}  // namespace tilewise

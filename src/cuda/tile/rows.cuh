@@ -1,0 +1,112 @@
+// Online softmax over one block of scores in registers, two rows a thread (fragment.cuh). Everything is in powers of two.
+//
+// A row's state is (max, sum) with the meaning sum_j 2^(s_j - max) so far. `max` need not be the largest score: any value that keeps
+// 2^(s - max) inside float and the operand type gives the same quotients o / sum, rounded alike. So a block is first tried with the old
+// max, which needs no maximum over its scores, and the partial sums tell whether that was allowed.
+#pragma once
+
+#include "core/mask.h"
+#include "cuda/ptx/scalar.cuh"
+#include "cuda/tile/fragment.cuh"
+
+namespace tilewise::tile {
+
+struct Rows {
+  float max[2], sum[2];  // sum: of this thread's columns only, until total()
+  __device__ __forceinline__ void clear() {
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
+  }
+};
+
+// Four of a row's threads sum or compare to one value.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// p = 2^(s * factor - shift), packed, and its sums of each row in this thread.
+template <ptx::Element kElement, int kCount>
+__device__ __forceinline__ void exponentials(const float (&s)[kCount], float factor, const float (&shift)[2], uint32_t (&p)[kCount / 2], float (&sum)[2]) {
+  float even[2] = {0, 0}, odd[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const int r = row_of(i);
+    const float x = ptx::exp2(fmaf(s[i], factor, -shift[r])), y = ptx::exp2(fmaf(s[i + 1], factor, -shift[r]));
+    even[r] += x;
+    odd[r] += y;
+    p[i / 2] = ptx::pack<kElement>(x, y);
+  }
+  sum[0] = even[0] + odd[0];
+  sum[1] = even[1] + odd[1];
+}
+
+// The largest sum of a block with an old max: far from float16's 65504 and from overflow of o.
+constexpr float kLargestStaleSum = 1024;
+
+// Adds a block under the old max. False: some row of this warp outgrew it (or met a NaN) and nothing has been added.
+template <ptx::Element kElement, int kCount>
+__device__ __forceinline__ bool add_block_stale(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2]) {
+  float sum[2];
+  exponentials<kElement>(s, factor, rows.max, p, sum);
+  if (__any_sync(0xffffffff, !(sum[0] + sum[1] <= kLargestStaleSum))) return false;
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
+  return true;
+}
+
+// Adds a block under the true maximum so far; `rescale` is what o must be multiplied by before the block's values are added.
+template <ptx::Element kElement, int kCount>
+__device__ __forceinline__ void add_block_exact(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2], float (&rescale)[2]) {
+  float shift[2], sum[2], highest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) highest[row_of(i)] = fmaxf(highest[row_of(i)], s[i] * factor);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float max = fmaxf(rows.max[r], row_max(highest[r]));
+    shift[r] = max == -INFINITY ? 0 : max;  // nothing visible yet: every 2^(-inf - 0) is 0
+    rescale[r] = ptx::exp2(rows.max[r] - shift[r]);
+    rows.max[r] = max;
+  }
+  exponentials<kElement>(s, factor, shift, p, sum);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) rows.sum[r] = rows.sum[r] * rescale[r] + sum[r];
+}
+
+// Scores of pairs that are not visible become -inf. `query` is this thread's first row, `key` the block's first key.
+template <int kCount>
+__device__ __forceinline__ void mask_block(float (&s)[kCount], const Band& band, int query, int key) {
+  const int column = key + this_lane().column;
+  int begin[2], end[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    begin[r] = first_key(band, query + 8 * r) - column;
+    end[r] = end_key(band, query + 8 * r) - column;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int r = row_of(i), c = column_of(i);
+    if (c < begin[r] || c >= end[r]) s[i] = -INFINITY;
+  }
+}
+
+// A scaled score with softcap (0: none) and ALiBi, ready for 2^s. slope is the head's, times log2(e); distance is key minus query.
+__device__ __forceinline__ float modify(float x, float softcap, float slope, int distance) {
+  if (softcap > 0) {
+    const float e = ptx::exp2(x * (2 * kLog2e / softcap));
+    x = softcap - 2 * softcap * __fdividef(1, 1 + e);  // tanh(y) = 1 - 2 / (1 + e^2y), to 1e-7 everywhere
+  }
+  return x * kLog2e - slope * fabsf(static_cast<float>(distance));
+}
+template <int kCount>
+__device__ __forceinline__ void modify_block(float (&s)[kCount], float scale, float softcap, float slope, int query_position, int key) {
+  const int column = key + this_lane().column - query_position;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) s[i] = modify(s[i] * scale, softcap, slope, column + column_of(i) - 8 * row_of(i));
+}
+
+}  // namespace tilewise::tile

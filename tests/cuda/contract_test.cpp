@@ -1,0 +1,128 @@
+// Clauses of the contract that a comparison with float64 does not show.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "common.h"
+#include "reference/attention.h"
+#include "tilewise/memory.hpp"
+
+namespace tilewise {
+namespace {
+
+using reference::Layout;
+using reference::Trial;
+
+struct Contract : Cuda {
+  Trial trial(std::string_view line, Layout layout = Layout::kBshd) {
+    Result<Trial> made = Trial::make(parse(line), device_, 3, layout);
+    made.status().check();
+    return std::move(*made);
+  }
+  static size_t bytes_of(const TensorView& view) {
+    int64_t last = 0;
+    for (int i = 0; i < view.rank; ++i) last += (view.shape[i] - 1) * view.stride[i];
+    return static_cast<size_t>(last + 1) * (view.dtype == DataType::kFloat32 ? 4 : 2);
+  }
+  std::vector<char> output(Trial& t) {
+    t.run().check();
+    t.download().check();
+    const Arguments& a = t.host_arguments();
+    std::vector<char> bytes(bytes_of(a.o) + bytes_of(a.lse));
+    std::memcpy(bytes.data(), a.o.data, bytes_of(a.o));
+    std::memcpy(bytes.data() + bytes_of(a.o), a.lse.data, bytes_of(a.lse));
+    return bytes;
+  }
+  static void set_row(const TensorView& view, int64_t b, int64_t row, int64_t head, float value) {
+    for (int64_t d = 0; d < view.shape[3]; ++d)
+      reference::write_element(view.data, view.dtype, b * view.stride[0] + row * view.stride[1] + head * view.stride[2] + d, value);
+  }
+  static float get(const TensorView& view, int64_t b, int64_t row, int64_t head, int64_t d) {
+    return reference::read_element(view.data, view.dtype, b * view.stride[0] + row * view.stride[1] + head * view.stride[2] + d);
+  }
+};
+
+TEST_F(Contract, RepeatsBitByBit) {
+  for (const char* line : {"b2 q600 k900 h6/2 d128 bf16 causal", "b3 q400 h4 d64 fp16", "b1 q300 k700 h3 d256 bf16 window=90,20"}) {
+    Trial t = trial(line);
+    const std::vector<char> first = output(t);
+    for (int i = 0; i < 20; ++i) ASSERT_EQ(output(t), first) << line;
+  }
+}
+
+TEST_F(Contract, SlowRepeatsOverAThousandRuns) {
+  Trial t = trial("b2 q1500 h8/2 d128 bf16 causal");
+  const std::vector<char> first = output(t);
+  for (int i = 0; i < 1000; ++i) ASSERT_EQ(output(t), first) << i;
+}
+
+TEST_F(Contract, RowDoesNotDependOnTheBatch) {
+  Trial small = trial("b1 q200 k300 h2 d128 bf16 causal"), large = trial("b5 q200 k300 h2 d128 bf16 causal");
+  for (auto member : {&Arguments::q, &Arguments::k, &Arguments::v})
+    for (int b = 0; b < 5; ++b) {
+      const TensorView &from = small.host_arguments().*member, &to = large.host_arguments().*member;
+      std::memcpy(static_cast<char*>(to.data) + b * to.stride[0] * 2, from.data, bytes_of(from));
+    }
+  small.upload().check();
+  large.upload().check();
+  output(small);
+  output(large);
+  const TensorView &one = small.host_arguments().o, &five = large.host_arguments().o;
+  for (int b = 0; b < 5; ++b) EXPECT_EQ(std::memcmp(static_cast<char*>(five.data) + b * five.stride[0] * 2, one.data, bytes_of(one)), 0);
+}
+
+// Values that are not finite reach the rows that see them and no others, although the tensor cores multiply whole blocks.
+TEST_F(Contract, ValuesThatAreNotFiniteReachTheRowsThatSeeThem) {
+  for (const char* line : {"q400 h2 d128 bf16 causal", "q400 h2 d64 fp16 causal", "q300 h2 d256 bf16 window=50,0", "q400 h2 d128 bf16 causal softcap=30"})
+    for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      constexpr int kKey = 170;
+      Trial clean = trial(line), spoilt = trial(line);
+      for (Trial* t : {&clean, &spoilt}) set_row(t->host_arguments().v, 0, kKey, 1, t == &clean ? 0 : bad);
+      clean.upload().check();
+      spoilt.upload().check();
+      output(clean);
+      output(spoilt);
+      const Problem problem = parse(line);
+      for (int64_t query = 0; query < problem.seqlen_q; ++query) {
+        const bool sees = query >= kKey && (problem.window_left < 0 || query - kKey <= problem.window_left);
+        for (int64_t d = 0; d < problem.head_dim_v; d += 9) {
+          const float with = get(spoilt.host_arguments().o, 0, query, 1, d), without = get(clean.host_arguments().o, 0, query, 1, d);
+          if (sees)
+            ASSERT_FALSE(std::isfinite(with)) << line << " query " << query;
+          else
+            ASSERT_NEAR(with, without, 0.02f * std::fabs(without) + 0.004f) << line << " query " << query;
+        }
+      }
+    }
+}
+
+TEST_F(Contract, ScoresMayRiseAtTheEnd) {
+  // The first block of a row, the last keys, has the smallest scores: the maximum that it leaves must be given up.
+  Trial t = trial("q256 k1024 h1 d64 bf16");
+  const TensorView& k = t.host_arguments().k;
+  for (int64_t key = 0; key < 1024; ++key)
+    for (int64_t d = 0; d < 64; ++d)
+      reference::write_element(k.data, k.dtype, key * k.stride[1] + d, get(k, 0, key, 0, d) * static_cast<float>(1024 - key) / 16);
+  t.upload().check();
+  t.run().check();
+  const Result<reference::Report> report = t.compare();
+  ASSERT_TRUE(report.ok()) << report.status().message();
+  EXPECT_TRUE(report->pass) << report->first_failure;
+}
+
+TEST_F(Contract, WhatTheCopyEngineCannotReadIsRefused) {
+  Trial t = trial("b2 q64 h2 d64 bf16", Layout::kPermuted);
+  const Status status = t.run();
+  EXPECT_EQ(status.code(), StatusCode::kUnsupported);
+  EXPECT_NE(status.message().find("is not a multiple of 16 bytes"), std::string::npos) << status.message();
+}
+
+TEST_F(Contract, RefusalsAreSentences) {
+  const std::vector<Candidate> candidates = Plan::candidates(parse("q64 d68 bf16"), device_);
+  ASSERT_EQ(candidates.size(), 24u);
+  EXPECT_EQ(candidates.front().refusal, "head_dim 68 is not a multiple of 8");
+  EXPECT_EQ(Plan::make(parse("q64 d64 fp32"), device_).status().code(), StatusCode::kUnsupported);
+}
+
+}  // namespace
+}  // namespace tilewise

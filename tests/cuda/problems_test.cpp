@@ -1,0 +1,72 @@
+// Every row of the GPU against float64: the problem files in both 16-bit types, then problems at random.
+#include <set>
+
+#include "common.h"
+
+namespace tilewise {
+namespace {
+
+using reference::Layout;
+constexpr Layout kLayouts[] = {Layout::kBshd, Layout::kBhsd, Layout::kGaps};
+
+std::vector<Problem> problems_of(const std::string& file) {
+  std::ifstream input(std::string(TW_PROBLEMS) + "/" + file);
+  std::vector<Problem> problems;
+  for (std::string line; std::getline(input, line);) {
+    if (line.empty() || line[0] == '#') continue;
+    const Problem problem = parse(line);
+    if (problem.pass == Pass::kForward) problems.push_back(problem);
+  }
+  return problems;
+}
+
+// Head dimensions that the rows take, and a 16-bit type.
+Problem fitted(Problem problem, DataType dtype) {
+  problem.dtype = dtype;
+  problem.head_dim = std::min<int64_t>((problem.head_dim + 7) / 8 * 8, 256);
+  problem.head_dim_v = std::min<int64_t>((problem.head_dim_v + 7) / 8 * 8, 256);
+  return problem;
+}
+
+struct Problems : Cuda {
+  void verify_file(const std::string& file) {
+    uint64_t seed = 0, run = 0;
+    for (const Problem& problem : problems_of(file))
+      for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16}) {
+        run += verify(fitted(problem, dtype), seed, kLayouts[seed % 3]);
+        ++seed;
+      }
+    EXPECT_EQ(run, seed);
+  }
+  void fuzz(uint64_t first, uint64_t last, double max_products) {
+    reference::FuzzLimits limits;
+    limits.max_products = max_products;
+    limits.max_head_dim = 256;
+    limits.backward = false;
+    for (uint64_t seed = first; seed < last; ++seed)
+      verify(fitted(reference::random_problem(seed, limits), seed % 2 ? DataType::kBFloat16 : DataType::kFloat16), seed, kLayouts[seed % 3]);
+  }
+};
+
+TEST_F(Problems, SmokeProblems) { verify_file("smoke.txt"); }
+TEST_F(Problems, CiProblems) { verify_file("ci.txt"); }
+TEST_F(Problems, FullProblems) { verify_file("full.txt"); }
+TEST_F(Problems, Fuzz) { fuzz(0, 300, 2e5); }
+TEST_F(Problems, LongFuzz) { fuzz(10'000, 12'000, 1e6); }
+
+TEST_F(Problems, EveryRowRuns) {
+  std::set<std::string> names;
+  for (const char* dims : {"64", "96", "128", "192/128", "192", "256", "80", "8", "104/40", "248"})
+    for (const char* type : {"bf16", "fp16"})
+      for (const char* score : {"", " softcap=20", " alibi"}) {
+        const Problem problem = parse("b2 q300 k520 h4/2 d" + std::string(dims) + " " + type + " causal" + score);
+        const Result<Plan> plan = Plan::make(problem, device_);
+        ASSERT_TRUE(plan.ok()) << plan.status().message();
+        names.insert(std::string(plan->kernel()));
+        EXPECT_TRUE(verify(problem, 1, Layout::kBshd));
+      }
+  EXPECT_EQ(names.size(), 24u);
+}
+
+}  // namespace
+}  // namespace tilewise
