@@ -3,8 +3,8 @@
 
 Method: machines and moments differ, so only ratios taken in one run count. The contenders of a case take turns in bursts
 of about 60 ms, in rotating order. Before each burst come a rest and one untimed call, because OpenMP's threads (each
-contender brings its own pool) keep spinning for a while after their work and would slow down the next contender. A
-contender's figure is the median over all its calls, as GFLOP/s of useful work: only visible (query, key) pairs count.
+contender brings its own pool) keep spinning for a while after their work and would slow down the next contender (a call
+that is long enough does not notice). A contender's figure is the median over all its calls, as GFLOP/s of useful work: only visible (query, key) pairs count.
 Every contender's result is compared with PyTorch's before it may race.
 
 Contenders: tilewise (through its C ABI, on PyTorch's own memory, no copy), torch (scaled_dot_product_attention with its
@@ -38,6 +38,7 @@ SHAPES = (  # batch, heads, seqlen, head_dim, causal
     (16, 12, 128, 64, False),
 )
 BURST_SECONDS = 0.06
+LONGEST_SECONDS = 20  # of a case, where a contender takes seconds for a call
 # Relative Frobenius distance from PyTorch's result, which rounds gradients of 16-bit types once per block of keys.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 1e-2}
 
@@ -179,10 +180,11 @@ def race(calls, budget, rest):
     """Seconds of every timed call, by contender."""
     names, seconds, turn = list(calls), {name: [] for name in calls}, 0
     begin = time.perf_counter()
-    while turn < 3 or time.perf_counter() - begin < budget * len(names):
+    while turn == 0 or time.perf_counter() - begin < budget * len(names) or (turn < 3 and time.perf_counter() - begin < LONGEST_SECONDS):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             time.sleep(rest)
-            calls[name]()
+            if not seconds[name] or seconds[name][-1] < 10 * BURST_SECONDS:
+                calls[name]()
             burst = now = time.perf_counter()
             while now - burst < BURST_SECONDS:
                 calls[name]()
