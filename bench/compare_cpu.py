@@ -3,8 +3,9 @@
 
 Method: machines and moments differ, so only ratios taken in one run count. The contenders of a case take turns in bursts
 of about 60 ms, in rotating order. Before each burst come a rest and one untimed call, because OpenMP's threads (each
-contender brings its own pool) keep spinning for a while after their work and would slow down the next contender (a call
-that is long enough does not notice). A contender's figure is the median over all its calls, as GFLOP/s of useful work: only visible (query, key) pairs count.
+contender brings its own pool) keep spinning for a while after their work and would slow down the next contender; a call
+that takes long by itself does without. A contender's figure is the median over all its calls, as GFLOP/s of useful work:
+only visible (query, key) pairs count.
 Every contender's result is compared with PyTorch's before it may race.
 
 Contenders: tilewise (through its C ABI, on PyTorch's own memory, no copy), torch (scaled_dot_product_attention with its
