@@ -18,6 +18,9 @@ constexpr const char* kLines[] = {
     " b5 q60 k60 h2 d32 fp32 packed tq170 tk160 causal seqused softcap=4",
     " b1 q5 k2000 h4/1 d128 fp32 causal",
     " b1 q1100 k700 h1 d16 fp32",
+    " q70 k5000 h1 d16 fp32 causal",  // many blocks of keys in backward, in rounds where threads are few
+    " q70 k5000 h2/1 d16 bf16 window=900,3",
+    " b3 q33 k4500 h1 d16 fp32 packed tq80 tk9000",
 };
 
 TEST_P(Bitwise, AnyNumberOfThreads) {
@@ -58,7 +61,8 @@ TensorView part_of_lse(TensorView view, int64_t b, int64_t begin, int64_t rows) 
 TEST_P(Bitwise, ASequenceAloneIsTheSequenceInABatch) {
   for (const char* line :
        {"fwd b3 q150 k200 h4/2 d64 fp32 causal", "bwd b3 q150 k200 h4/2 d64 fp32 causal", "fwd b4 q33 k90 h2/1 d40 bf16 sink",
-        "bwd b4 q33 k90 h2/1 d40 bf16", "bwd b9 q40 k600 h1 d16 fp32", "bwd b3 q700 k700 h1 d16 fp16 window=50,0"}) {
+        "bwd b4 q33 k90 h2/1 d40 bf16", "bwd b9 q40 k600 h1 d16 fp32", "bwd b3 q700 k700 h1 d16 fp16 window=50,0",
+        "fwd b2 q70 k5000 h1 d16 fp32 causal", "bwd b2 q70 k5000 h1 d16 fp32 causal", "bwd b9 q70 k5000 h2/1 d16 bf16 window=900,3"}) {
     SCOPED_TRACE(line);
     const Problem p = parse(line);
     HostTrial t(p, 6);
@@ -105,7 +109,9 @@ TEST_P(Bitwise, AQueryAloneIsTheQueryAmongOthers) {
 TEST_P(Bitwise, PackedIsALoopOverSequences) {
   for (const char* line :
        {"fwd b6 q130 k170 h4/2 d64 fp32 packed tq300 tk310 causal", "bwd b6 q130 k170 h4/2 d64 fp32 packed tq300 tk310 causal",
-        "bwd b4 q50 k600 h2 d24 bf16 packed tq120 tk900 window=40,3", "bwd b5 q70 k70 h3/1 d16 fp16 packed tq200 tk200 alibi"}) {
+        "bwd b4 q50 k600 h2 d24 bf16 packed tq120 tk900 window=40,3", "bwd b5 q70 k70 h3/1 d16 fp16 packed tq200 tk200 alibi",
+        "fwd b3 q33 k4500 h1 d16 fp32 packed tq80 tk9000", "bwd b3 q33 k4500 h1 d16 fp32 packed tq80 tk9000",
+        "bwd b9 q33 k4500 h2/1 d16 bf16 packed tq200 tk20000 causal"}) {
     SCOPED_TRACE(line);
     const Problem p = parse(line);
     HostTrial t(p, 7);

@@ -100,7 +100,7 @@ Affected affected_by(const Problem& p, bool is_key, int64_t head, int64_t positi
 }
 
 // changed(batch, row of the sequence, head): whether each row of a [batch, rows, heads, dim] output may change, and then
-// must hold a value that is not finite. column: only that one of the row, where it is not -1.
+// must hold a value that is not finite.
 template <class Changed>
 void expect_only(const char* name, const TensorView& view, const std::vector<uint32_t>& before, const std::vector<uint32_t>& after,
                  const Changed& changed) {
