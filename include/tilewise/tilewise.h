@@ -89,7 +89,7 @@ typedef struct tw_options {
   int64_t window_left, window_right;
   int32_t causal, deterministic;
   tw_tensor cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink;
-  int64_t max_seqlen_q, max_seqlen_k; /* packed: upper bounds; 0: the packed rows */
+  int64_t max_seqlen_q, max_seqlen_k; /* packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows */
   tw_tensor dlse, dsink;
 } tw_options;
 

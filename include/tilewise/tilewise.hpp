@@ -142,7 +142,7 @@ struct Options {
   bool causal = false;
   Alignment alignment = Alignment::kBottomRight;
   TensorView cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink;
-  int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed: upper bounds; 0: the packed rows
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows
   TensorView dlse, dsink;
   bool deterministic = false;
 };

@@ -1,5 +1,7 @@
 // describe -> plan -> run. A plan is a problem, a device and the row of the kernel table that was chosen for them; running it
 // is one check of the arguments and one launch.
+#include <algorithm>
+
 #include "api/arguments.h"
 #include "registry/kernel.h"
 #include "tilewise/memory.hpp"
@@ -55,6 +57,16 @@ std::vector<Candidate> Plan::candidates(const Problem& problem, const Device& de
 
 namespace {
 
+// The longest sequence where the host may read the lengths, else all rows. Lengths that make no sense are left to run().
+int64_t longest(const Options& options, const TensorView& cu_seqlens, int64_t total) {
+  if (options.device.type != DeviceType::kCpu || cu_seqlens.rank != 1 || cu_seqlens.dtype != DataType::kInt32 || !cu_seqlens.data)
+    return total;
+  const auto* starts = static_cast<const int32_t*>(cu_seqlens.data);
+  int64_t most = 0;
+  for (int64_t b = 0; b + 1 < cu_seqlens.shape[0]; ++b) most = std::max<int64_t>(most, int64_t{starts[b + 1]} - starts[b]);
+  return std::min(most, total);
+}
+
 // The problem that tensors and options describe. Only what is read here is checked here: plan.run() checks the rest.
 Result<Problem> problem_of(Pass pass, const TensorView& q, const TensorView& k, const TensorView& v, const Options& options) {
   Problem p;
@@ -83,8 +95,8 @@ Result<Problem> problem_of(Pass pass, const TensorView& q, const TensorView& k, 
     p.batch = options.cu_seqlens_q.shape[0] - 1;
     p.total_q = q.shape[0];
     p.total_k = k.shape[0];
-    p.seqlen_q = options.max_seqlen_q ? options.max_seqlen_q : p.total_q;
-    p.seqlen_k = options.max_seqlen_k ? options.max_seqlen_k : p.total_k;
+    p.seqlen_q = options.max_seqlen_q ? options.max_seqlen_q : longest(options, options.cu_seqlens_q, p.total_q);
+    p.seqlen_k = options.max_seqlen_k ? options.max_seqlen_k : longest(options, options.cu_seqlens_k, p.total_k);
   } else {
     p.batch = q.shape[0];
     p.seqlen_q = q.shape[1];

@@ -2,8 +2,8 @@
 // it pass by; scores are computed again from Q, K and lse, and with dP never leave the near cache (L1). Five products:
 //   S^T = K Q^T        P^T = 2^(S^T - lse)          dV += P^T dO
 //   dP^T = V dO^T      dS^T = P^T (dP^T - delta)    dK += dS^T Q     dQ^T += K^T dS^T
-// with delta = rowsum(dO * O) - dlse. dK and dV of a key belong to one item; dQ is summed over the keys of a chunk, and
-// over the chunks in order. So every sum has one order, whatever the threads do. Compiled once per instruction set.
+// with delta = rowsum(dO * O) - dlse. dK and dV of a key belong to one item; what a block of keys adds to dQ is summed from
+// zero and added in order of the blocks. So every sum has one order, whatever the threads do. Compiled once per set.
 #include <cmath>
 
 #include "cpu/rows-inl.h"
@@ -20,7 +20,7 @@ struct BackwardTile : RowTile {
 
 struct Layout {
   int ldk, ldv, dims_k;  // row lengths of float32 rows of head_dim and head_dim_v; rows of dQ^T
-  size_t k, v, dk, dv, q, do_, q_t, do_t, p, ds, bytes;
+  size_t k, v, dk, dv, q, do_, q_t, do_t, p, ds, dq, bytes;
 
   explicit Layout(const Params& params) {
     ldk = round_up(params.head_dim, 16);
@@ -38,12 +38,13 @@ struct Layout {
     do_t = carve.take(static_cast<int64_t>(kTileRows) * ldv);
     p = carve.take(static_cast<int64_t>(params.tile.tile_n + kRegisterRows) * kTileRows);
     ds = carve.take(static_cast<int64_t>(params.tile.tile_n + kRegisterRows) * kTileRows);
+    dq = carve.take(static_cast<int64_t>(dims_k) * kTileRows);
     bytes = carve.bytes();
   }
 };
 
-// Where the tiles of a sequence lie in dq_sum: sequences take whole tiles, at most one more than their share of rows. Buffers
-// 0 to chunks_at_once - 1 are the chunks of a round; the next one is the sum of the rounds before.
+// Where the tiles of a sequence lie in dq_sum: sequences take whole tiles, at most one more than their share of rows. Buffer
+// 0 is the sum; the others are the blocks of a round.
 int64_t first_tile(const Group& g) {
   const int64_t row = g.p.cu_seqlens_q ? g.seq.q_row : static_cast<int64_t>(g.batch_index) * g.p.seqlen_q;
   return row * g.p.group / kTileRows + g.batch_index;
@@ -218,8 +219,13 @@ void load_rows(const Group& g, const Layout& at, int64_t row0, const RowData& x,
     if (r >= tile.count) continue;
     const QueryHead row = query_head_of_row(row0 + r, g.p.group);
     const float lse = lse_of(g, row);
-    if (lse != -kInfinity) tile.lse[r] = lse * kLog2e;
     tile.delta[r] = *delta_of(g, row);
+    if (lse != -kInfinity) {
+      tile.lse[r] = lse * kLog2e;
+    } else {  // all scores were -inf: nothing of this row may meet a NaN or an infinity
+      tile.lo[r] = tile.hi[r] = 0;
+      tile.full_end = 0;
+    }
   }
   const bool tainted_q = pack_rows(g, g.p.q, g.p.head_dim, tile, query_factor(g.p), at.ldk, x.q, x.q_t);
   const bool tainted_do = pack_rows(g, g.p.do_, g.p.head_dim_v, tile, 1.0f, at.ldv, x.do_, x.do_t);
@@ -227,6 +233,21 @@ void load_rows(const Group& g, const Layout& at, int64_t row0, const RowData& x,
 }
 
 void clear_floats(float* at, int64_t floats) { memset(at, 0, static_cast<size_t>(floats) * sizeof(float)); }
+
+void add_floats(const float* from, int64_t floats, float* to) {
+  const F d;
+  for (int64_t i = 0; i < floats; i += kLanes) hn::Store(hn::Add(hn::Load(d, to + i), hn::Load(d, from + i)), d, to + i);
+}
+
+// Tiles of rows that see one of the keys [n0, n1).
+struct TileRange {
+  int64_t begin, end;
+};
+TileRange tiles_that_see(const Group& g, int n0, int n1) {
+  const int64_t row_begin = static_cast<int64_t>(first_query(g.mask, n0)) * g.p.group;
+  const int64_t row_end = static_cast<int64_t>(end_query(g.mask, n1 - 1)) * g.p.group;
+  return {row_begin / kTileRows, ceil_div<int64_t>(row_end, kTileRows)};
+}
 
 // dK and dV of the keys [n0, n1).
 void store_keys(const Group& g, const Layout& at, const KeyBlock& block) {
@@ -247,12 +268,11 @@ void store_keys(const Group& g, const Layout& at, const KeyBlock& block) {
 
 size_t backward_scratch(const Params& p) { return Layout(p).bytes; }
 
-// delta of every row of the head group.
-void backward_delta(const Params& p, int b, int kv_head) {
+void backward_delta(const Params& p, int b, int kv_head, int64_t t) {
   const FlushSubnormals guard;
   const Group g(p, b, kv_head);
   const F d;
-  for (int64_t row = 0; row < g.rows; ++row) {
+  for (int64_t row = t * kTileRows; row < g.rows && row < (t + 1) * kTileRows; ++row) {
     const QueryHead at = query_head_of_row(row, p.group);
     V sum = hn::Zero(d);
     with_element(p.element, [&](auto* type) {
@@ -273,7 +293,7 @@ void backward_delta(const Params& p, int b, int kv_head) {
   }
 }
 
-void backward_item(const Params& p, int b, int kv_head, int chunk, void* scratch) {
+void backward_item(const Params& p, int b, int kv_head, int block_begin, int block_end, void* scratch) {
   const FlushSubnormals guard;
   const Group g(p, b, kv_head);
   const Layout at(p);
@@ -282,8 +302,10 @@ void backward_item(const Params& p, int b, int kv_head, int chunk, void* scratch
   BackwardTile& tile = *reinterpret_cast<BackwardTile*>(base);
   const RowData x{floats(at.q), floats(at.do_), floats(at.q_t), floats(at.do_t), floats(at.p), floats(at.ds)};
   KeyBlock block{floats(at.k), floats(at.v), floats(at.dk), floats(at.dv), 0, 0, false};
+  float* dq_t = floats(at.dq);
+  const int64_t dq_floats = static_cast<int64_t>(at.dims_k) * kTileRows;
 
-  if (chunk == 0) {  // keys past seqused_k take no part: their gradients are 0
+  if (block_begin == 0) {  // keys past seqused_k take no part: their gradients are 0
     const Sequence whole = sequence_of(b, p.seqlen_q, p.seqlen_k, p.cu_seqlens_q, p.cu_seqlens_k, nullptr);
     clear_floats(block.dk, at.ldk);
     clear_floats(block.dv, at.ldv);
@@ -291,60 +313,56 @@ void backward_item(const Params& p, int b, int kv_head, int chunk, void* scratch
       block.n1 = block.n0 + 1;
       store_keys(g, at, block);
     }
+    clear_floats(dq_tile(g, 0, 0), ceil_div<int64_t>(g.rows, kTileRows) * dq_floats);
   }
-  if (chunk >= num_chunks(g.seq.seqlen_k)) return;
 
-  const int buffer = chunk % p.chunks_at_once;
-  const int chunk_n0 = chunk * chunk_keys(g.seq.seqlen_k), chunk_n1 = min_of(chunk_n0 + chunk_keys(g.seq.seqlen_k), g.seq.seqlen_k);
-  clear_floats(dq_tile(g, buffer, 0), ceil_div<int64_t>(g.rows, kTileRows) * at.dims_k * kTileRows);
-  for (block.n0 = chunk_n0; block.n0 < chunk_n1; block.n0 = block.n1) {
-    block.n1 = min_of(block.n0 + p.tile.block_n, chunk_n1);
+  for (int i = block_begin; i < block_end && i * static_cast<int64_t>(p.tile.block_n) < g.seq.seqlen_k; ++i) {
+    block.n0 = i * p.tile.block_n;
+    block.n1 = min_of(block.n0 + p.tile.block_n, g.seq.seqlen_k);
     block.tainted = pack_keys(g, p.k, p.head_dim, block.n0, block.n1, at.ldk, block.k);
     pack_keys(g, p.v, p.head_dim_v, block.n0, block.n1, at.ldv, block.v);
     clear_floats(block.dk, static_cast<int64_t>(block.n1 - block.n0) * at.ldk);
     clear_floats(block.dv, static_cast<int64_t>(block.n1 - block.n0) * at.ldv);
-    const int64_t row_begin = static_cast<int64_t>(first_query(g.mask, block.n0)) * p.group;
-    const int64_t row_end = static_cast<int64_t>(end_query(g.mask, block.n1 - 1)) * p.group;
-    for (int64_t t = row_begin / kTileRows; t * kTileRows < row_end; ++t) {
+    const TileRange tiles = tiles_that_see(g, block.n0, block.n1);
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       load_rows(g, at, t * kTileRows, x, tile);
+      clear_floats(dq_t, dq_floats);
       const auto step = tile.vectors == 1 ? differentiate<1> : tile.vectors == 2 ? differentiate<2> : differentiate<3>;
       for (int n = block.n0; n < block.n1; n += p.tile.tile_n) {
         // In whole groups of keys from the block's first, since a group's dK and dV are written together.
         const int skipped = max_of(tile.first_key - n, 0) / kRegisterRows * kRegisterRows;
         const int n0 = n + skipped, n1 = min_of(min_of(n + p.tile.tile_n, block.n1), tile.end_key);
-        if (n0 < n1) step(p, at, tile, block, n0, n1, x, dq_tile(g, buffer, t));
+        if (n0 < n1) step(p, at, tile, block, n0, n1, x, dq_t);
+      }
+      if (p.blocks_at_once == 1) {
+        add_floats(dq_t, dq_floats, dq_tile(g, 0, t));
+      } else {
+        memcpy(dq_tile(g, 1 + i % p.blocks_at_once, t), dq_t, static_cast<size_t>(dq_floats) * sizeof(float));
       }
     }
     store_keys(g, at, block);
   }
 }
 
-// Adds the sums of the chunks from chunk_begin on that were worked on at once to those before them, in order. The last time they
-// become dq.
-void backward_dq(const Params& p, int b, int kv_head, int64_t t, int chunk_begin, bool last, void* scratch) {
+void backward_add(const Params& p, int b, int kv_head, int64_t t, int block_begin) {
   const FlushSubnormals guard;
   const Group g(p, b, kv_head);
   if (t * kTileRows >= g.rows) return;
-  const F d;
+  for (int i = block_begin; i < block_begin + p.blocks_at_once && i * static_cast<int64_t>(p.tile.block_n) < g.seq.seqlen_k; ++i) {
+    const int n0 = i * p.tile.block_n;
+    const TileRange tiles = tiles_that_see(g, n0, min_of(n0 + p.tile.block_n, g.seq.seqlen_k));
+    if (t < tiles.begin || t >= tiles.end) continue;
+    add_floats(dq_tile(g, 1 + i % p.blocks_at_once, t), static_cast<int64_t>(round_up(p.head_dim, 8)) * kTileRows, dq_tile(g, 0, t));
+  }
+}
+
+void backward_dq(const Params& p, int b, int kv_head, int64_t t, void* scratch) {
+  const FlushSubnormals guard;
+  const Group g(p, b, kv_head);
   const Layout at(p);
-  const int64_t dq_floats = static_cast<int64_t>(at.dims_k) * kTileRows;
-  const int chunk_end = min_of(chunk_begin + p.chunks_at_once, num_chunks(g.seq.seqlen_k));
   float* rows = static_cast<float*>(scratch);
-  float* sum = rows + 4 * static_cast<ptrdiff_t>(at.ldk);
-  if (chunk_begin == 0) {
-    clear_floats(sum, dq_floats);
-  } else {
-    memcpy(sum, dq_tile(g, p.chunks_at_once, t), static_cast<size_t>(dq_floats) * sizeof(float));
-  }
-  for (int chunk = chunk_begin; chunk < chunk_end; ++chunk) {
-    const float* part = dq_tile(g, chunk % p.chunks_at_once, t);
-    for (int64_t i = 0; i < dq_floats; i += kLanes) hn::Store(hn::Add(hn::Load(d, sum + i), hn::Load(d, part + i)), d, sum + i);
-  }
-  if (!last) {
-    memcpy(dq_tile(g, p.chunks_at_once, t), sum, static_cast<size_t>(dq_floats) * sizeof(float));
-    return;
-  }
-  const int count = g.rows - t * kTileRows < kTileRows ? static_cast<int>(g.rows - t * kTileRows) : kTileRows;
+  const float* sum = dq_tile(g, 0, t);
+  const int count = static_cast<int>(g.rows - t * kTileRows < kTileRows ? g.rows - t * kTileRows : kTileRows);
   for (int r = 0; r < count; r += 4) {
     for (int c = 0; c < p.head_dim; c += 4) transpose4x4(sum + c * static_cast<ptrdiff_t>(kTileRows) + r, kTileRows, rows + c, at.ldk);
     for (int i = 0; i < min_of(4, count - r); ++i) {

@@ -31,7 +31,8 @@ int64_t cache_bytes(int name, int64_t usual) {
 const char* best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");  // every such CPU has F16C and LZCNT too
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return "avx512";
@@ -76,6 +77,9 @@ Status synchronize(const Device&) { return {}; }
 Result<Rates> measure_rates(const Device& on, DataType) {
   const Isa* isa = best_isa_of(on);
   if (!isa) return unsupported("arch " + on.arch + " has no kernels to measure");
+  if (on.units < 1 || on.units > most_threads()) {
+    return invalid_argument("device.units " + std::to_string(on.units) + " is not between 1 and " + std::to_string(most_threads()));
+  }
   const auto seconds = [](auto work) {
     const auto start = std::chrono::steady_clock::now();
     work();
@@ -92,11 +96,16 @@ Result<Rates> measure_rates(const Device& on, DataType) {
   }
   volatile uint64_t sink = 0;
   for (int round = 0; round < 5; ++round) {  // the best of five: other work on the machine only ever lowers a rate
+    int threads = 1;
     const double multiply = seconds([&] {
 #pragma omp parallel num_threads(on.units)
-      isa->multiply_add(kRepeats);
+      {
+#pragma omp single nowait
+        threads = omp_get_num_threads();
+        isa->multiply_add(kRepeats);
+      }
     });
-    rates.flops_per_second = std::max(rates.flops_per_second, 2.0 * 48 * isa->lanes * kRepeats * on.units / multiply);
+    rates.flops_per_second = std::max(rates.flops_per_second, 2.0 * 48 * isa->lanes * kRepeats * threads / multiply);
     const double read = seconds([&] {
       uint64_t sum = 0;
 #pragma omp parallel for num_threads(on.units) reduction(+ : sum) schedule(static)

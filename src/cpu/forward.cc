@@ -168,10 +168,11 @@ void finish_rows(const Group& g, const ForwardTile& tile, const float* o_t, int 
       const QueryHead at = query_head_of_row(tile.row0 + r + i, p.group);
       const float m = tile.m[r + i], l = tile.l[r + i];
       const bool empty = l == 0.0f;
+      float* row = rows + i * static_cast<ptrdiff_t>(ld);
+      if (empty) memset(row, 0, static_cast<size_t>(ld) * sizeof(float));  // p = 0 has met every v, an infinity too
       with_element(p.element, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        store_scaled_row(rows + i * static_cast<ptrdiff_t>(ld), p.head_dim_v, empty ? 0.0f : 1.0f / l,
-                         row_of<T>(p.o, g.batch_index, g.seq.q_row + at.query, g.head(at)));
+        store_scaled_row(row, p.head_dim_v, empty ? 0.0f : 1.0f / l, row_of<T>(p.o, g.batch_index, g.seq.q_row + at.query, g.head(at)));
       });
       if (!p.lse.data) continue;
       const bool unseen = tile.lo[r + i] >= tile.hi[r + i];

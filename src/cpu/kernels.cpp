@@ -31,6 +31,10 @@ int rank_of(std::string_view arch) {
 
 std::string refusal(const Isa& isa, const Problem& p, const Device& device) {
   if (rank_of(device.arch) > rank_of(isa.name)) return "needs " + std::string(isa.name) + ", the device has " + device.arch;
+  if (device.units > most_threads()) {
+    return "device.units " + std::to_string(device.units) + " is above " + std::to_string(most_threads()) +
+           ", the most threads of this machine";
+  }
   if (p.head_dim > kMaxHeadDim) return "head_dim " + std::to_string(p.head_dim) + " is above " + std::to_string(kMaxHeadDim);
   if (p.head_dim_v > kMaxHeadDim) return "head_dim_v " + std::to_string(p.head_dim_v) + " is above " + std::to_string(kMaxHeadDim);
   return {};
@@ -77,8 +81,8 @@ RowTensor row_tensor(const TensorView& t) {
   return {data, t.stride[0], t.stride[1]};
 }
 
-// No sequence of the problem has more chunks of keys.
-int most_chunks(const Params& p) { return std::clamp(ceil_div(p.seqlen_k, kChunkKeys), 1, kMaxChunks); }
+// No sequence of the problem has more blocks of keys.
+int most_blocks(const Params& p) { return std::max(ceil_div(p.seqlen_k, p.tile.block_n), 1); }
 
 Params make_params(const Isa& isa, const Problem& p, const Device& device, const Arguments& a) {
   Params r{};
@@ -114,10 +118,10 @@ Params make_params(const Isa& isa, const Problem& p, const Device& device, const
   r.dlse = row_tensor(a.dlse);
   r.total_rows = p.packed ? p.total_q : p.batch * p.seqlen_q;
   r.dq_tiles = r.total_rows * r.group / (3 * isa.lanes) + p.batch;
-  // As many chunks at once as keep every thread busy, since each costs a buffer.
-  const int64_t heads = std::max<int64_t>(p.batch * p.num_heads_kv, 1);
-  r.chunks_at_once = static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(2 * device.units, heads), 1, most_chunks(r)));
   r.tile = p.pass == Pass::kForward ? forward_shape(isa, p, device) : backward_shape(isa, p, device);
+  // As many blocks of keys at once as keep every thread busy, since each costs a buffer.
+  const int64_t heads = std::max<int64_t>(p.batch * p.num_heads_kv, 1);
+  r.blocks_at_once = static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(2 * device.units, heads), 1, most_blocks(r)));
   return r;
 }
 
@@ -178,7 +182,7 @@ struct BackwardWorkspace {
   size_t scratch, delta, dq_sum, bytes;
 
   BackwardWorkspace(const Isa& isa, const Params& p, const Device& device) {
-    const int64_t buffers = p.chunks_at_once + (most_chunks(p) > p.chunks_at_once);
+    const int64_t buffers = p.blocks_at_once == 1 ? 1 : 1 + p.blocks_at_once;
     const int64_t dq_floats = buffers * p.num_heads_kv * p.dq_tiles * round_up(p.head_dim, 8) * 3 * isa.lanes;
     scratch = page_round(isa.backward_scratch(p));
     delta = scratch * static_cast<size_t>(device.units);
@@ -213,24 +217,29 @@ Status backward(const Isa& isa, const Problem& p, const Device& device, const Ar
   params.delta = reinterpret_cast<float*>(workspace + at.delta);
   params.dq_sum = reinterpret_cast<float*>(workspace + at.dq_sum);
 
-  const int heads = params.num_heads_kv;
-  const int64_t groups = p.batch * p.num_heads_kv;
-  for_each_item(groups, device.units, workspace, at.scratch,
-                [&](int64_t i, char*) { isa.backward_delta(params, static_cast<int>(i / heads), static_cast<int>(i % heads)); });
+  const int heads = params.num_heads_kv, at_once = params.blocks_at_once;
+  const int64_t groups = p.batch * p.num_heads_kv, tiles = ceil_div<int64_t>(rows_per_head_group(p), 3 * isa.lanes);
+  // work(batch index, head, i, scratch) for every head and every i below `count`.
+  const auto for_each = [&](int64_t count, auto work) {
+    for_each_item(groups * count, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
+      const int64_t group = item / count;
+      work(static_cast<int>(group / heads), static_cast<int>(group % heads), item % count, scratch);
+    });
+  };
+  for_each(tiles, [&](int b, int head, int64_t tile, char*) { isa.backward_delta(params, b, head, tile); });
   if (a.dsink) sink_gradients(p, params, device.units, static_cast<float*>(a.dsink.data));
-  const int chunks = most_chunks(params), round = params.chunks_at_once;
-  const int64_t tiles = ceil_div<int64_t>(rows_per_head_group(p), 3 * isa.lanes);
-  for (int chunk = 0; chunk < chunks; chunk += round) {
-    for_each_item(groups * round, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
-      const int64_t i = item / round;
-      isa.backward_item(params, static_cast<int>(i / heads), static_cast<int>(i % heads), chunk + static_cast<int>(item % round), scratch);
-    });
-    for_each_item(groups * tiles, device.units, workspace, at.scratch, [&](int64_t item, char* scratch) {
-      const int64_t i = item / tiles;
-      isa.backward_dq(params, static_cast<int>(i / heads), static_cast<int>(i % heads), item % tiles, chunk, chunk + round >= chunks,
-                      scratch);
-    });
+  if (at_once == 1) {
+    for_each(1, [&](int b, int head, int64_t, char* scratch) { isa.backward_item(params, b, head, 0, most_blocks(params), scratch); });
+  } else {
+    for (int begin = 0; begin < most_blocks(params); begin += at_once) {
+      for_each(at_once, [&](int b, int head, int64_t i, char* scratch) {
+        const int block = begin + static_cast<int>(i);
+        isa.backward_item(params, b, head, block, block + 1, scratch);
+      });
+      for_each(tiles, [&](int b, int head, int64_t tile, char*) { isa.backward_add(params, b, head, tile, begin); });
+    }
   }
+  for_each(tiles, [&](int b, int head, int64_t tile, char* scratch) { isa.backward_dq(params, b, head, tile, scratch); });
   return {};
 }
 
@@ -263,6 +272,8 @@ Kernel backward_row(std::string_view name) {
 }
 
 }  // namespace
+
+int most_threads() { return std::max(64, 4 * omp_get_num_procs()); }
 
 const Isa* best_isa_of(const Device& device) {
   for (const Isa* isa : kIsas) {

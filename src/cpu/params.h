@@ -45,13 +45,13 @@ struct Params {
   Tensor q, k, v, o, do_, dq, dk, dv;
   RowTensor lse, dlse;
   TileShape tile;
-  // Backward's workspace. Sums of dq over the keys of one chunk lie apart and are added in order of the chunks, so that the
-  // result is the same however many chunks are worked on at once.
+  // Backward's workspace. What a block of keys adds to dq is summed from zero and added in order of the blocks, so that the
+  // result is the same however many blocks are worked on at once.
   float* delta;        // [num_heads_q, rows] rowsum(do * o) - dlse, rows as in q over all sequences
-  float* dq_sum;       // [chunks_at_once, and 1 where one round is not enough][num_heads_kv, dq_tiles, head_dim rounded up, kTileRows]
+  float* dq_sum;       // [1, and blocks_at_once if more than one][num_heads_kv, dq_tiles, head_dim rounded up, kTileRows]
   int64_t total_rows;  // batch * seqlen_q or total_q
   int64_t dq_tiles;    // tiles of rows of one key/value head over all sequences
-  int chunks_at_once;
+  int blocks_at_once;  // of one sequence's keys; 1: an item takes all blocks of its head, one after the other
 };
 
 inline Sequence sequence(const Params& p, int b) {
@@ -61,12 +61,6 @@ inline Band band(const Params& p, const Sequence& s) {
   return make_band(s.seqlen_q, s.seqlen_k, p.window_left, p.window_right, p.top_left);
 }
 
-// Backward cuts the keys of a sequence into at most kMaxChunks chunks of at least kChunkKeys. It depends on that sequence
-// alone: so does the order of every sum.
-constexpr int kMaxChunks = 16, kChunkKeys = 2048;
-inline int chunk_keys(int seqlen_k) { return max_of(kChunkKeys, round_up(ceil_div(seqlen_k, kMaxChunks), kChunkKeys)); }
-inline int num_chunks(int seqlen_k) { return ceil_div(seqlen_k, chunk_keys(seqlen_k)); }
-
 // One instruction set's kernels. Scratch is aligned to 64 bytes and belongs to one thread.
 struct Isa {
   const char* name;
@@ -74,11 +68,12 @@ struct Isa {
   size_t (*forward_scratch)(const Params&);
   void (*forward_item)(const Params&, int batch_index, int kv_head, int64_t m_block, void* scratch);
   size_t (*backward_scratch)(const Params&);
-  // Backward: delta of all heads; then in rounds of chunks_at_once chunks the items of a round, and when they are done its sums
-  // of dq. The last round's sums become dq.
-  void (*backward_delta)(const Params&, int batch_index, int kv_head);
-  void (*backward_item)(const Params&, int batch_index, int kv_head, int chunk, void* scratch);
-  void (*backward_dq)(const Params&, int batch_index, int kv_head, int64_t tile, int chunk_begin, bool last, void* scratch);
+  // Backward: delta of all rows; then the blocks of keys, in rounds of blocks_at_once if there is more than one, and after
+  // each round what it adds to dq; then dq. `tile` is a tile of rows.
+  void (*backward_delta)(const Params&, int batch_index, int kv_head, int64_t tile);
+  void (*backward_item)(const Params&, int batch_index, int kv_head, int block_begin, int block_end, void* scratch);
+  void (*backward_add)(const Params&, int batch_index, int kv_head, int64_t tile, int block_begin);
+  void (*backward_dq)(const Params&, int batch_index, int kv_head, int64_t tile, void* scratch);
   void (*multiply_add)(int64_t repeats);  // 48 independent chains: 2 * lanes * 48 FLOP per repeat
 };
 

@@ -26,7 +26,8 @@ extern const Isa kIsa;
 const Isa kIsa = {
 #define TW_STRING_OF(x) #x
 #define TW_STRING(x) TW_STRING_OF(x)
-    TW_STRING(TW_ISA), kLanes, forward_scratch, forward_item, backward_scratch, backward_delta, backward_item, backward_dq, multiply_add};
+    TW_STRING(TW_ISA), kLanes,        forward_scratch, forward_item, backward_scratch,
+    backward_delta,    backward_item, backward_add,    backward_dq,  multiply_add};
 
 }  // namespace tilewise::cpu::TW_ISA
 HWY_AFTER_NAMESPACE();

@@ -15,8 +15,8 @@
 #include <xmmintrin.h>
 #endif
 
-#ifndef TW_ISA
-#error "TW_ISA names the instruction set this unit is compiled for"
+#if !defined(TW_ISA) || !defined(TW_LANES)
+#error "TW_ISA names the instruction set this unit is compiled for, TW_LANES says how many floats its vectors hold"
 #endif
 
 // Register arrays must be unrolled by the compiler or they live in memory.
@@ -36,9 +36,10 @@ using V = hn::Vec<F>;  // in arrays: register tiles
 using F4 = hn::CappedTag<float, 4>;
 
 constexpr int kLanes = static_cast<int>(HWY_LANES(float));
+static_assert(kLanes == TW_LANES, "the compiler's flags do not give this unit the vectors of its instruction set");
 constexpr int kTileVectors = 3;                   // vectors of a register tile
 constexpr int kTileRows = kTileVectors * kLanes;  // rows of a full tile
-constexpr bool kManyRegisters = HWY_TARGET == HWY_NEON || kLanes == 16;
+constexpr bool kManyRegisters = HWY_ARCH_ARM_A64 || kLanes == 16;
 constexpr int kRegisterRows = kManyRegisters ? 8 : 4;  // 8 x 3 accumulators of 32 registers, or 4 x 3 of 16
 
 constexpr float kInfinity = __builtin_inff();
@@ -47,9 +48,10 @@ constexpr float kInfinity = __builtin_inff();
 size_t forward_scratch(const Params& p);
 void forward_item(const Params& p, int batch_index, int kv_head, int64_t m_block, void* scratch);
 size_t backward_scratch(const Params& p);
-void backward_delta(const Params& p, int batch_index, int kv_head);
-void backward_item(const Params& p, int batch_index, int kv_head, int chunk, void* scratch);
-void backward_dq(const Params& p, int batch_index, int kv_head, int64_t tile, int chunk_begin, bool last, void* scratch);
+void backward_delta(const Params& p, int batch_index, int kv_head, int64_t tile);
+void backward_item(const Params& p, int batch_index, int kv_head, int block_begin, int block_end, void* scratch);
+void backward_add(const Params& p, int batch_index, int kv_head, int64_t tile, int block_begin);
+void backward_dq(const Params& p, int batch_index, int kv_head, int64_t tile, void* scratch);
 
 // Results below 2^-126 are flushed to zero while a kernel runs: a subnormal exp costs twenty times a normal one.
 class FlushSubnormals {
