@@ -1,9 +1,11 @@
 // The reader against hand-made bytes, one broken rule at a time; the writer's promise: whole or not at all.
 #include "safetensors.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
@@ -87,6 +89,7 @@ TEST(Safetensors, RefusesBadHeadersEachWithItsOwnSentence) {
       {"no offsets", R"({"q":{"dtype":"F32","shape":[2]}})", "tensor \"q\" has no data_offsets"},
       {"one offset", tensor("F32", "[2]", "[8]"), "needs two data_offsets"},
       {"three offsets", tensor("F32", "[2]", "[0,8,8]"), "needs two data_offsets"},
+      {"nine dimensions", tensor("F32", "[1,1,1,1,1,1,1,1,2]", "[0,8]"), "tensor \"q\" has more than 8 dimensions"},
       {"an unknown dtype", tensor("F31", "[2]", "[0,8]"), "has the unknown dtype \"F31\""},
       {"a negative shape", tensor("F32", "[-2]", "[0,8]"), "has shape -2, less than 0"},
       {"a fraction", tensor("F32", "[2.0]", "[0,8]"), "has a shape that is no 64-bit integer"},
@@ -112,6 +115,7 @@ TEST(Safetensors, RefusesBadHeadersEachWithItsOwnSentence) {
     EXPECT_NE(header.status().message().find(bad.sentence), std::string::npos) << bad.name << ": " << header.status().message();
   }
   EXPECT_TRUE(parse_header("{" + good + "}", 8).ok());
+  EXPECT_TRUE(parse_header(tensor("F32", "[1,1,1,1,1,1,1,2]", "[0,8]"), 8).ok());
 }
 
 TEST(Safetensors, ReadsDeepNestingWithoutRecursion) { EXPECT_FALSE(parse_header("{\"q\":" + std::string(50'000'000, '['), 0).ok()); }
@@ -164,6 +168,29 @@ TEST(Safetensors, KeepsTheOldFileWhereTheDiskIsFull) {
   EXPECT_EQ(folder.count(), 1u) << "a temporary file is left";
 }
 
+TEST(Safetensors, LeavesNothingWhereItIsKilledWhileItWrites) {
+  const Folder folder;
+  const int nameless = ::open(folder.file("").c_str(), O_WRONLY | O_TMPFILE, 0600);
+  if (nameless < 0) GTEST_SKIP() << "this file system knows no files without a name";
+  ::close(nameless);
+  store(folder.file("out"), "old");
+  const std::vector<char> large(1 << 20);
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    const rlimit small{1 << 16, 1 << 16}, none{0, 0};
+    ::signal(SIGXFSZ, SIG_DFL);  // the signal comes in the middle of the file
+    ::setrlimit(RLIMIT_CORE, &none);
+    ::setrlimit(RLIMIT_FSIZE, &small);
+    ::_exit(write(folder.file("out"), {{"a", "U8", {1 << 20}, large.data(), large.size()}}, {}).ok() ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGXFSZ) << status;
+  EXPECT_EQ(contents(folder.file("out")), "old");
+  EXPECT_EQ(folder.count(), 1u) << "a temporary file is left";
+}
+
 TEST(Safetensors, WritesThroughASymbolicLinkAndToNoDevice) {
   const Folder folder;
   store(folder.file("real"), "old");
@@ -172,6 +199,7 @@ TEST(Safetensors, WritesThroughASymbolicLinkAndToNoDevice) {
   EXPECT_TRUE(std::filesystem::is_symlink(folder.file("link")));
   EXPECT_TRUE(File::open(folder.file("real")).ok());
   EXPECT_NE(write("/dev/null", {}, {}).message().find("not a regular file"), std::string::npos);
+  EXPECT_NE(write("", {}, {}).message().find("not a file name"), std::string::npos);
   EXPECT_NE(write(folder.file("no/out"), {}, {}).message().find("No such file"), std::string::npos);
 }
 

@@ -310,6 +310,27 @@ TEST_F(Tool, AttendRefusesBadFilesAndKeepsTheOldOutput) {
     EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << full.out;
 }
 
+TEST_F(Tool, BenchKnowsBeforeItRunsWhereItsFiguresCannotGo) {
+  expect_refusal("bench q8 d8 --json no/figures", "no/figures cannot be written: No such file or directory");
+  expect_refusal("bench q8 d8 --json .", ". cannot be written: not a regular file");
+  store(file("figures"), "old");
+  const Outcome full = shell("(trap '' XFSZ; ulimit -f 0; " TW_TOOL " bench q64 d8 --rounds 1 --seconds 0 --json figures 2>&1) | cat");
+  EXPECT_NE(full.out.find("tilewise: figures cannot be written: File too large"), std::string::npos) << full.out;
+  EXPECT_EQ(contents(file("figures")), "old");
+  for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::path(file("figures")).parent_path()))
+    EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos);
+}
+
+TEST_F(Tool, AStdoutThatTakesNothingIsAFailure) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "no /dev/full";
+  for (const char* arguments : {"devices --json", "explain q8 d8", "--version", "attend --help"}) {
+    const Outcome run = shell(std::string(TW_TOOL " ") + arguments + " >/dev/full");
+    EXPECT_EQ(run.code, 2) << arguments;
+    EXPECT_TRUE(run.err.starts_with("tilewise: ")) << arguments << run.err;
+    EXPECT_EQ(std::count(run.err.begin(), run.err.end(), '\n'), 1) << run.err;
+  }
+}
+
 TEST_F(Tool, UsageErrorsAreOneSentence) {
   expect_refusal("", "a command is missing");
   expect_refusal("frobnicate", "frobnicate");

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "files.h"
 #include "safetensors.h"
 #include "tilewise/memory.hpp"
 #include "tool.h"
@@ -235,7 +236,7 @@ std::string run(const Problem& problem, const Device& device, const Arguments& a
 }
 
 void attend(const AttendOptions& options) {
-  require(safetensors::check_writable(options.output));
+  require(files::check_writable(options.output));
   const Device device = options.device.open();
   Input input(require(safetensors::File::open(options.input)), device);
   Problem problem = describe(input, options);

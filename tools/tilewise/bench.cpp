@@ -11,6 +11,7 @@
 #include <functional>
 #include <optional>
 
+#include "files.h"
 #include "reference/attention.h"
 #include "reference/standard.h"
 #include "reference/trial.h"
@@ -360,11 +361,12 @@ void print_row(const Row& row) {
 
 void bench(const BenchOptions& options) {
   const std::vector<Problem> problems = read_problems(options.problems);
+  const bool as_text = options.json != "-";
+  if (!options.json.empty() && as_text) require(files::check_writable(options.json));
   const Device device = options.device.open();
   for (const Problem& problem : problems)
     if (require(explain(problem, device)).flops == 0)
       throw Failure(kBadRequest, fmt::format("'{}' has no work to time: no query sees a key", problem.to_string()));
-  const bool as_text = options.json != "-";
   Json json{{"tilewise", TILEWISE_VERSION},
             {"time", now_utc()},
             {"device", device_json(device)},

@@ -1,10 +1,21 @@
 // tilewise: exact attention from the command line. Every failure is one sentence on stderr and an exit code.
 #include <fmt/format.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <iostream>
 #include <new>
 
 #include "tool.h"
+
+// The exit code where all went well; a reader of stdout that is not there, or a full disk, is a failure as any other.
+static int finish() {
+  std::cout.flush();  // CLI11 prints help there
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout) && std::cout) return 0;
+  fmt::print(stderr, "tilewise: stdout cannot be written: {}\n", std::strerror(errno));
+  return tilewise::tool::kBadRequest;
+}
 
 int main(int argc, char** argv) {
   using namespace tilewise::tool;
@@ -25,9 +36,9 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) throw Failure(kBadRequest, "a command is missing: attend, bench, verify, explain or devices");
-    return std::fflush(stdout) == 0 ? 0 : kBadRequest;
+    return finish();
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kBadRequest;
+    return app.exit(error) == 0 ? finish() : kBadRequest;
   } catch (const Failure& failure) {
     std::fflush(stdout);
     fmt::print(stderr, "tilewise: {}\n", failure.what());

@@ -11,10 +11,11 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <tuple>
+
+#include "files.h"
 
 namespace tilewise::safetensors {
 namespace {
@@ -96,7 +97,10 @@ class HeaderReader : public Json::json_sax_t {
   bool number_unsigned(uint64_t value) override {
     if (depth_ != 3) return unexpected();
     if (value > INT64_MAX) return fail(fmt::format("has {} {}, more than 2^63 - 1", field_, value));
-    if (field_ == "shape") return entry().shape.push_back(static_cast<int64_t>(value)), true;
+    if (field_ == "shape") {
+      if (entry().shape.size() == kMaxRank) return fail(fmt::format("has more than {} dimensions", kMaxRank));
+      return entry().shape.push_back(static_cast<int64_t>(value)), true;
+    }
     if (offsets_ == 2) return fail("needs two data_offsets");
     (offsets_++ == 0 ? entry().begin : entry().end) = value;
     return true;
@@ -162,7 +166,7 @@ Status check_entries(const Header& header, uint64_t data_bytes) {
   return {};
 }
 
-// Reads or writes all of it; false with errno set where that fails.
+// False with errno set where not all of it could be read.
 bool read_all(int descriptor, void* target, uint64_t bytes, uint64_t offset) {
   auto* at = static_cast<char*>(target);
   while (bytes > 0) {
@@ -173,27 +177,6 @@ bool read_all(int descriptor, void* target, uint64_t bytes, uint64_t offset) {
     at += got, offset += static_cast<uint64_t>(got), bytes -= static_cast<uint64_t>(got);
   }
   return true;
-}
-bool write_all(int descriptor, const void* source, uint64_t bytes) {
-  const auto* at = static_cast<const char*>(source);
-  while (bytes > 0) {
-    const ssize_t put = ::write(descriptor, at, std::min<uint64_t>(bytes, 1 << 30));
-    if (put < 0 && errno == EINTR) continue;
-    if (put < 0) return false;
-    at += put, bytes -= static_cast<uint64_t>(put);
-  }
-  return true;
-}
-
-// Where a rename would put the file: through a symbolic link, to what it names.
-std::filesystem::path resolved(const std::string& path) {
-  std::error_code ignored;
-  return std::filesystem::is_symlink(path, ignored) ? std::filesystem::weakly_canonical(path, ignored) : std::filesystem::path(path);
-}
-std::filesystem::path folder_of(const std::filesystem::path& path) { return path.has_parent_path() ? path.parent_path() : "."; }
-
-Status cannot_write(const std::string& path, const std::string& why) {
-  return invalid_argument(fmt::format("{} cannot be written: {}", path, why));
 }
 
 }  // namespace
@@ -251,17 +234,7 @@ Status File::read(const Entry& entry, void* target) const {
   return invalid_argument(fmt::format("{}: {}", path_, os_error()));
 }
 
-Status check_writable(const std::string& path) {
-  const auto target = resolved(path);
-  std::error_code error;
-  const auto state = std::filesystem::status(target, error);
-  if (std::filesystem::exists(state) && !std::filesystem::is_regular_file(state)) return cannot_write(path, "not a regular file");
-  if (::access(folder_of(target).c_str(), W_OK | X_OK) != 0) return cannot_write(path, os_error());
-  return {};
-}
-
 Status write(const std::string& path, const std::vector<Output>& tensors, const Metadata& metadata) {
-  if (Status status = check_writable(path); !status.ok()) return status;
   Json header = Json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   uint64_t end = 0;
@@ -273,26 +246,9 @@ Status write(const std::string& path, const std::vector<Output>& tensors, const 
   json.resize((json.size() + 7) / 8 * 8, ' ');  // so that the tensors begin at a multiple of 8
   const uint64_t header_bytes = json.size();
 
-  const auto target = resolved(path);
-  const std::string part = folder_of(target) / fmt::format(".{}.{}.part", target.filename().string(), ::getpid());
-  const int descriptor = ::open(part.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
-  if (descriptor < 0) return cannot_write(path, os_error());
-  bool ok = write_all(descriptor, &header_bytes, sizeof header_bytes) && write_all(descriptor, json.data(), json.size());
-  for (size_t t = 0; ok && t < tensors.size(); ++t) ok = write_all(descriptor, tensors[t].data, tensors[t].bytes);
-  ok = ok && ::fsync(descriptor) == 0;
-  std::string why = ok ? "" : os_error();
-  if (::close(descriptor) != 0 && ok) ok = false, why = os_error();
-  if (ok && ::rename(part.c_str(), target.c_str()) != 0) ok = false, why = os_error();
-  if (!ok) {
-    ::unlink(part.c_str());
-    return cannot_write(path, why);
-  }
-  // The rename itself reaches the disk with its folder; a file system that cannot do this has the file all the same.
-  if (const int folder = ::open(folder_of(target).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); folder >= 0) {
-    ::fsync(folder);
-    ::close(folder);
-  }
-  return {};
+  std::vector<std::string_view> pieces{{reinterpret_cast<const char*>(&header_bytes), sizeof header_bytes}, json};
+  for (const Output& tensor : tensors) pieces.emplace_back(static_cast<const char*>(tensor.data), tensor.bytes);
+  return files::write(path, pieces);
 }
 
 }  // namespace tilewise::safetensors

@@ -1,5 +1,5 @@
 // Safetensors files: 8 bytes of header length, a JSON header, then the tensors' bytes without holes.
-// Reading trusts nothing: every number is checked against the file before it is used. Writing is whole or not at all.
+// Reading trusts nothing: every number is checked against the file before it is used.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,7 @@
 namespace tilewise::safetensors {
 
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
+constexpr size_t kMaxRank = 8;                     // ours: no tensor of attention comes near it
 
 struct Entry {
   std::string dtype;  // "F32", "BF16", "F16", "I32", ...
@@ -54,10 +55,8 @@ struct Output {
   const void* data;
   size_t bytes;
 };
-// Writes beside `path` and renames: an existing file stays as it is until the new one is complete on the disk.
+// Whole or not at all, as files::write().
 Status write(const std::string& path, const std::vector<Output>& tensors, const Metadata& metadata);
-// The reason why write() would fail now, as far as that can be told without writing.
-Status check_writable(const std::string& path);
 
 // A name as it may be shown on a terminal: quoted, escaped, at most 80 characters.
 std::string printable(const std::string& name);

@@ -12,6 +12,8 @@
 #include <map>
 #include <tuple>
 
+#include "files.h"
+
 namespace tilewise::tool {
 
 void require(const Status& status) {
@@ -104,8 +106,7 @@ void write_json(const Json& json, const std::string& path) {
     std::fputs(text.c_str(), stdout);
     return;
   }
-  std::ofstream file(path);
-  if (!(file << text && file.flush())) throw Failure(kBadRequest, fmt::format("{}: cannot be written", path));
+  require(files::write(path, {text}));
 }
 
 std::string_view dtype_name(DataType dtype) {

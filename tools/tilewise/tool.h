@@ -50,7 +50,7 @@ Rates rates_of(const Device& device, DataType dtype);
 double limit_seconds(double flops, double bytes, const Rates& rates);
 
 Json device_json(const Device& device);
-// To stdout for "-", otherwise to a new file.
+// To stdout for "-", otherwise to a file, whole or not at all.
 void write_json(const Json& json, const std::string& path);
 
 std::string_view dtype_name(DataType dtype);  // as in the problem grammar
