@@ -55,8 +55,7 @@ double dot_of_squares(const double* a, const double* b, int64_t n) {
 struct Row {
   std::vector<int> keys;
   std::vector<double> scores, slopes;  // d score / d (scaled product): below 1 under a softcap
-  double lse = -kInfinity;
-  bool sees_nothing = true;
+  double lse = -kInfinity;             // where it stays so there is nothing to average: o and gradients are 0, whatever v and do hold
 
   // Errors of the scores are factors of 1 + error in p; scores are summed in float32 whatever the type of the tensors. A row
   // whose weight lies on one key may be exact in standard attention by chance, one of many keys is not: sum(p^2) says which it is.
@@ -120,8 +119,8 @@ struct Inputs {
   void compute_row(const Sequence& s, const Band& band, int64_t b, int i, int64_t head, Row* row) const {
     const double scale = problem.scale(), softcap = problem.softcap, slope = alibi_slope(b, head), logit = sink(head);
     row->keys.clear(), row->scores.clear(), row->slopes.clear();
-    double maximum = -kInfinity;
-    bool nan = std::isnan(logit);
+    double maximum = logit;
+    bool nan = std::isnan(logit) || logit == kInfinity;  // as in softmax: inf - inf
     for (int j = 0; j < s.seqlen_k; ++j) {
       if (!visible(band, i, j)) continue;
       double score = scale * dot(q_row(s.q_row + i, head), k_row(s.k_row + j, head), dim), derivative = 1;
@@ -131,15 +130,15 @@ struct Inputs {
       }
       if (problem.alibi) score -= slope * std::abs(static_cast<double>(i) + band.offset - j);
       row->keys.push_back(j), row->scores.push_back(score), row->slopes.push_back(derivative);
-      nan = nan || std::isnan(score);
-      if (score > maximum) maximum = score;
+      nan = nan || std::isnan(score) || score == kInfinity;
+      maximum = std::max(maximum, score);
     }
-    row->sees_nothing = maximum == -kInfinity && !nan;
-    if (logit > maximum) maximum = logit;
-    if (nan)
+    if (row->keys.empty())
+      row->lse = logit;
+    else if (nan)
       row->lse = std::numeric_limits<double>::quiet_NaN();
-    else if (std::isinf(maximum))
-      row->lse = maximum;
+    else if (maximum == -kInfinity)
+      row->lse = -kInfinity;
     else {
       double sum = std::exp(logit - maximum);
       for (double score : row->scores) sum += std::exp(score - maximum);
@@ -162,7 +161,7 @@ void forward(const Inputs& in, Outputs* out, Outputs* noise) {
           in.compute_row(s, band, b, i, head, &row);
           out->lse[in.lse_index(s, b, i, head)] = row.lse;
           if (noise && std::isfinite(row.lse)) noise->lse[in.lse_index(s, b, i, head)] = row.lse * row.lse / 4;
-          if (row.sees_nothing) continue;
+          if (row.lse == -kInfinity) continue;
           const int64_t at = ((s.q_row + i) * in.heads + head) * in.dim_v;
           for (size_t n = 0; n < row.keys.size(); ++n) {
             const double probability = std::exp(row.scores[n] - row.lse);
@@ -190,40 +189,38 @@ void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, O
     double dsink = 0, dsink_noise = 0;
     for (int i = 0; i < s.seqlen_q; ++i) {
       in.compute_row(s, band, b, i, head, &row);
+      if (row.lse == -kInfinity) continue;
       const double* do_ = &in.do_[((s.q_row + i) * in.heads + head) * in.dim_v];
       const double dlse = in.dlse(s, b, i, head);
-      double delta = 0, delta_noise = 0;  // <do, o>; squared
-      if (!row.sees_nothing) {
-        dp.clear();
-        for (size_t n = 0; n < row.keys.size(); ++n) {
-          dp.push_back(dot(do_, in.v_row(s.k_row + row.keys[n], head), in.dim_v));
-          delta += std::exp(row.scores[n] - row.lse) * dp[n];
-        }
-        const double* o = &out->o[((s.q_row + i) * in.heads + head) * in.dim_v];
-        delta_noise = dot_of_squares(do_, o, in.dim_v) + delta * delta + dlse * dlse;
-        // Backward is given lse in float32, of which standard attention, that keeps P, knows nothing.
-        const double of_lse = p.dtype == DataType::kFloat32 ? std::abs(row.lse) / 16 : 0;
-        const double of_scores = noise ? of_lse + row.noise_of_scores(p.dtype, in.noise_of_products(s, i, head, row)) : 0;
-        const double* q = in.q_row(s.q_row + i, head);
-        const int64_t dq_at = ((s.q_row + i) * in.heads + head) * in.dim;
-        for (size_t n = 0; n < row.keys.size(); ++n) {
-          const int64_t k_row = s.k_row + row.keys[n];
-          const int64_t dk_at = (k_row * in.heads_kv + head_kv) * in.dim, dv_at = (k_row * in.heads_kv + head_kv) * in.dim_v;
-          const double* k = in.k_row(k_row, head);
-          const double probability = std::exp(row.scores[n] - row.lse), factor = scale * row.slopes[n] * probability;
-          const double ds = factor * (dp[n] - delta + dlse);
-          add_scaled(&out->dq[dq_at], ds, k, in.dim);
-          add_scaled(&out->dk[dk_at], ds, q, in.dim);
-          add_scaled(&out->dv[dv_at], probability, do_, in.dim_v);
-          if (!noise) continue;
-          const double* v = in.v_row(k_row, head);
-          const double of_ds = of_scores * factor * std::sqrt(dot_of_squares(do_, v, in.dim_v) + dp[n] * dp[n] + delta_noise);
-          add_squares(&noise->dq[dq_at], of_ds, k, in.dim);
-          add_squares(&noise->dk[dk_at], of_ds, q, in.dim);
-          add_squares(&noise->dv[dv_at], of_scores * probability, do_, in.dim_v);
-        }
+      double delta = 0;  // <do, o>
+      dp.clear();
+      for (size_t n = 0; n < row.keys.size(); ++n) {
+        dp.push_back(dot(do_, in.v_row(s.k_row + row.keys[n], head), in.dim_v));
+        delta += std::exp(row.scores[n] - row.lse) * dp[n];
       }
-      if (row.lse == -kInfinity) continue;
+      const double* o = &out->o[((s.q_row + i) * in.heads + head) * in.dim_v];
+      const double delta_noise = dot_of_squares(do_, o, in.dim_v) + delta * delta + dlse * dlse;
+      // Backward is given lse in float32, of which standard attention, that keeps P, knows nothing.
+      const double of_lse = p.dtype == DataType::kFloat32 ? std::abs(row.lse) / 16 : 0;
+      const double of_scores = noise ? of_lse + row.noise_of_scores(p.dtype, in.noise_of_products(s, i, head, row)) : 0;
+      const double* q = in.q_row(s.q_row + i, head);
+      const int64_t dq_at = ((s.q_row + i) * in.heads + head) * in.dim;
+      for (size_t n = 0; n < row.keys.size(); ++n) {
+        const int64_t k_row = s.k_row + row.keys[n];
+        const int64_t dk_at = (k_row * in.heads_kv + head_kv) * in.dim, dv_at = (k_row * in.heads_kv + head_kv) * in.dim_v;
+        const double* k = in.k_row(k_row, head);
+        const double probability = std::exp(row.scores[n] - row.lse), factor = scale * row.slopes[n] * probability;
+        const double ds = factor * (dp[n] - delta + dlse);
+        add_scaled(&out->dq[dq_at], ds, k, in.dim);
+        add_scaled(&out->dk[dk_at], ds, q, in.dim);
+        add_scaled(&out->dv[dv_at], probability, do_, in.dim_v);
+        if (!noise) continue;
+        const double* v = in.v_row(k_row, head);
+        const double of_ds = of_scores * factor * std::sqrt(dot_of_squares(do_, v, in.dim_v) + dp[n] * dp[n] + delta_noise);
+        add_squares(&noise->dq[dq_at], of_ds, k, in.dim);
+        add_squares(&noise->dk[dk_at], of_ds, q, in.dim);
+        add_squares(&noise->dv[dv_at], of_scores * probability, do_, in.dim_v);
+      }
       const double probability = std::exp(in.sink(head) - row.lse);
       dsink += probability * (dlse - delta);
       dsink_noise += probability * probability * (delta_noise + dlse * dlse);

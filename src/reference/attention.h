@@ -1,5 +1,6 @@
 // Attention in float64, the judge: O(n^2) time, nothing stored but the rows at hand, and of masks it knows only visible().
-// Tensors are in host memory with any strides; NaN and infinity go where arithmetic takes them.
+// Tensors are in host memory with any strides. NaN and infinity go where arithmetic takes them: a score of -inf is a weight
+// of 0, one of +inf makes its row NaN, lse too, and so does a sink of +inf in every row that sees a key.
 #pragma once
 
 #include <bit>

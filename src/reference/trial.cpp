@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numbers>
@@ -214,17 +215,18 @@ struct Trial::State {
   Buffer workspace = {};
   Arguments device_arguments = {}, host_arguments = {};
   std::vector<int32_t> lengths_q = {}, lengths_k = {}, used_k = {};  // per sequence; used_k after seqused_k
+  int64_t first_q = 0, first_k = 0;                                  // packed: row at which the sequences begin
 
   const Problem& problem() const { return plan.problem(); }
   Tensor& tensor(std::string_view name) {
     return *std::find_if(tensors.begin(), tensors.end(), [&](const Tensor& t) { return t.name == name; });
   }
-  Sequence sequence(int64_t b) const {
+  Sequence sequence(int64_t b, bool with_seqused = true) const {
     const Problem& p = problem();
     Sequence s =
         sequence_of(static_cast<int>(b), static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k),
                     static_cast<const int*>(host_arguments.cu_seqlens_q.data), static_cast<const int*>(host_arguments.cu_seqlens_k.data),
-                    static_cast<const int*>(host_arguments.seqused_k.data));
+                    with_seqused ? static_cast<const int*>(host_arguments.seqused_k.data) : nullptr);
     if (!p.packed) s.q_row = b * p.seqlen_q, s.k_row = b * p.seqlen_k;
     return s;
   }
@@ -236,9 +238,11 @@ struct Trial::State {
   Status add_small(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape);
   void draw(std::string_view name, double scale = 1);
   void draw_sequences();
-  std::vector<char> keys_in_use() const;  // per row of k and v: at least one query sees it
-  std::vector<char> rows_in_use() const;  // per row of q and o: it belongs to a sequence
-  void poison_unused_keys();
+  std::vector<char> keys_in_use() const;              // per row of k and v: at least one query sees it
+  std::vector<char> rows_in_use(bool of_keys) const;  // per row of q and o, or of k and v: it belongs to a sequence
+  // f(tensor, index) of an element of a tensor of rows: whether it belongs to a sequence. True for all other tensors.
+  auto ownership() const;
+  void poison_unused_rows();
   Status make_forward_results();
   Result<Report> compare();
 };
@@ -301,8 +305,14 @@ void Trial::State::draw_sequences() {
   const Problem& p = problem();
   Random random{hash(seed ^ 0x5e9)};
   if (p.packed) {
-    lengths_q = draw_lengths(&random, p.batch, p.seqlen_q, p.total_q);
-    lengths_k = draw_lengths(&random, p.batch, p.seqlen_k, p.total_k);
+    // Rows at both ends that belong to no sequence, for one seed of five.
+    const auto draw_gaps = [&](int64_t total, int64_t* first) {
+      if (seed % 5 != 1) return total;
+      *first = random.integer(0, std::min<int64_t>(total, 7));
+      return total - *first - random.integer(0, std::min<int64_t>(total - *first, 7));
+    };
+    lengths_q = draw_lengths(&random, p.batch, p.seqlen_q, draw_gaps(p.total_q, &first_q));
+    lengths_k = draw_lengths(&random, p.batch, p.seqlen_k, draw_gaps(p.total_k, &first_k));
   } else {
     lengths_q.assign(p.batch, static_cast<int32_t>(p.seqlen_q));
     lengths_k.assign(p.batch, static_cast<int32_t>(p.seqlen_k));
@@ -326,23 +336,37 @@ std::vector<char> Trial::State::keys_in_use() const {
   return used;
 }
 
-std::vector<char> Trial::State::rows_in_use() const {
+std::vector<char> Trial::State::rows_in_use(bool of_keys) const {
   const Problem& p = problem();
-  std::vector<char> used(p.packed ? p.total_q : p.batch * p.seqlen_q, 0);
+  std::vector<char> used(p.packed ? (of_keys ? p.total_k : p.total_q) : p.batch * (of_keys ? p.seqlen_k : p.seqlen_q), 0);
   for (int64_t b = 0; b < p.batch; ++b) {
-    const Sequence s = sequence(b);
-    std::fill_n(used.begin() + s.q_row, s.seqlen_q, char{1});
+    const Sequence s = sequence(b, false);
+    std::fill_n(used.begin() + (of_keys ? s.k_row : s.q_row), of_keys ? s.seqlen_k : s.seqlen_q, char{1});
   }
   return used;
 }
 
-void Trial::State::poison_unused_keys() {
+auto Trial::State::ownership() const {
+  return [packed = problem().packed, rows_q = rows_in_use(false), rows_k = rows_in_use(true)](const Tensor& t, int64_t index) {
+    const auto is_one_of = [&](std::initializer_list<std::string_view> names) { return std::ranges::find(names, t.name) != names.end(); };
+    if (!packed) return true;
+    const int64_t per_row = t.host.shape[1] * t.host.shape[2];
+    if (is_one_of({"q", "o", "do", "dq"})) return rows_q[index / per_row] != 0;
+    if (is_one_of({"k", "v", "dk", "dv"})) return rows_k[index / per_row] != 0;
+    if (is_one_of({"lse", "dlse"})) return rows_q[index % t.host.shape[1]] != 0;
+    return true;
+  };
+}
+
+void Trial::State::poison_unused_rows() {
   const std::vector<char> used = keys_in_use();
-  for (std::string_view name : {"k", "v"}) {
-    Tensor& t = tensor(name);
-    const int64_t per_row = count_of(t.host) / std::max<int64_t>(static_cast<int64_t>(used.size()), 1);
+  const auto owned = ownership();
+  for (Tensor& t : tensors) {
+    const bool keys = t.name == "k" || t.name == "v";
+    if (!keys && t.name != "q" && t.name != "do" && t.name != "dlse") continue;
+    const int64_t per_row = t.host.shape[t.host.rank - 1] * t.host.shape[t.host.rank - 2];
     for_each_element(t.host, [&](int64_t index, int64_t at) {
-      if (!used[index / per_row]) write_element(t.host.data, t.host.dtype, at, NAN);
+      if (keys ? !used[index / per_row] : !owned(t, index)) write_element(t.host.data, t.host.dtype, at, NAN);
     });
   }
 }
@@ -448,15 +472,15 @@ Result<Trial> Trial::make(const Problem& problem, const Device& device, uint64_t
   const auto write_integers = [&](std::string_view name, const std::vector<int32_t>& values) {
     std::copy(values.begin(), values.end(), static_cast<int32_t*>(s.tensor(name).host.data));
   };
-  const auto starts_of = [](const std::vector<int32_t>& lengths) {
-    std::vector<int32_t> starts{0};
+  const auto starts_of = [](int64_t first, const std::vector<int32_t>& lengths) {
+    std::vector<int32_t> starts{static_cast<int32_t>(first)};
     for (int32_t length : lengths) starts.push_back(starts.back() + length);
     return starts;
   };
-  if (p.packed) write_integers("cu_seqlens_q", starts_of(s.lengths_q));
-  if (p.packed) write_integers("cu_seqlens_k", starts_of(s.lengths_k));
+  if (p.packed) write_integers("cu_seqlens_q", starts_of(s.first_q, s.lengths_q));
+  if (p.packed) write_integers("cu_seqlens_k", starts_of(s.first_k, s.lengths_k));
   if (p.seqused_k) write_integers("seqused_k", s.used_k);
-  s.poison_unused_keys();
+  s.poison_unused_rows();
   for (std::string_view name : {"o", "lse"})
     if (backward) s.tensor(name).fill_elements(kUnwritten32, kUnwritten16);
 
@@ -501,12 +525,7 @@ Result<Report> Trial::State::compare() {
   };
 
   // What the device holds now; bytes that it should not have touched.
-  const std::vector<char> rows = rows_in_use();
-  const auto owned = [&](const Tensor& t, int64_t index) {  // rows between packed sequences have no specified content
-    if (!p.packed || t.name == "dk" || t.name == "dv" || t.name == "dsink") return true;
-    const int64_t row = t.name == "lse" ? index % p.total_q : index / (count_of(t.host) / p.total_q);
-    return rows[row] != 0;
-  };
+  const auto owned = ownership();
   for (Tensor& t : tensors) {
     std::vector<std::byte> now(t.mirror.size());
     if (Status status = t.buffer.copy_to_host(now.data(), now.size()); !status.ok()) return status;
@@ -517,19 +536,22 @@ Result<Report> Trial::State::compare() {
       written.data = now.data() + t.offset_bytes();
       std::vector<std::byte> kept = now;
       const int64_t bytes = element_bytes(t.host.dtype);
-      int64_t unwritten = 0;
+      int64_t unwritten = 0, strayed = 0;
       t.fill_elements(kUnwritten32, kUnwritten16);
       for_each_element(written, [&](int64_t index, int64_t at) {
         std::byte* element = static_cast<std::byte*>(written.data) + at * bytes;
         const std::byte* before = static_cast<std::byte*>(t.host.data) + at * bytes;
-        if (std::memcmp(element, before, bytes) == 0 && owned(t, index)) {
+        const bool kept_value = std::memcmp(element, before, bytes) == 0, must_be_written = owned(t, index);
+        if (kept_value == must_be_written) {
+          int64_t& count = kept_value ? unwritten : strayed;
 #pragma omp atomic
-          ++unwritten;
+          ++count;
         }
         std::memcpy(element, before, bytes);
       });
       if (unwritten)
         fail(&tensor_report, std::to_string(unwritten) + " of " + std::to_string(count_of(t.host)) + " elements are not written");
+      if (strayed) fail(&tensor_report, std::to_string(strayed) + " elements of rows that belong to no sequence are written");
       if (now != t.mirror) fail(&tensor_report, "memory around it is written");
       t.mirror = std::move(kept);
       t.host.data = t.mirror.data() + (static_cast<std::byte*>(written.data) - now.data());
@@ -631,7 +653,9 @@ Result<Report> verify(const Problem& problem, const Device& device, uint64_t see
 }
 
 std::string verify_line(const Problem& problem, uint64_t seed, Layout layout) {
-  return "tilewise verify \"" + problem.to_string() + "\" --seed " + std::to_string(seed) + " --layout " + std::string(layout_name(layout));
+  const char* kernel = std::getenv("TILEWISE_KERNEL");
+  return (kernel ? "TILEWISE_KERNEL=" + std::string(kernel) + " " : "") + "tilewise verify \"" + problem.to_string() + "\" --seed " +
+         std::to_string(seed) + " --layout " + std::string(layout_name(layout));
 }
 
 Layout random_layout(uint64_t seed) { return static_cast<Layout>(hash(seed ^ 0x1a1) % 4); }

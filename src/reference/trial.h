@@ -1,7 +1,7 @@
 // One problem made concrete on a device, run by the library and judged against float64: the rule is that its error is at
 // most twice that of standard attention in the same precision. Everything follows from (problem, seed, layout), so one
-// line repeats a failure. Outputs start as NaN; margins, gaps between strides and keys that nobody sees are NaN too, and
-// every byte that is not an output must be found as it was.
+// line repeats a failure. Outputs start as NaN; margins, gaps between strides, rows before and after the sequences (one
+// seed of five has them) and keys that nobody sees are NaN too, and every byte that is not an output must be found as it was.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +68,7 @@ class Trial {
 // make, run, compare.
 Result<Report> verify(const Problem& problem, const Device& device, uint64_t seed = 0, Layout layout = Layout::kBshd);
 
-// tilewise verify "<problem>" --seed N --layout X
+// [TILEWISE_KERNEL=... where it is set] tilewise verify "<problem>" --seed N --layout X
 std::string verify_line(const Problem& problem, uint64_t seed, Layout layout = Layout::kBshd);
 
 // A legal problem drawn from the seed: every feature alone and in combination, small enough for float64.

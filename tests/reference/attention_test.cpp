@@ -119,9 +119,42 @@ TEST(Attention, ScoresOfMinusInfinity) {
   EXPECT_DOUBLE_EQ(out.lse[1], 0);
 
   HostTensors all(scalar_problem(1, 2), 0);
-  all.set(all.arguments.q, {-1}), all.set(all.arguments.k, {INFINITY, INFINITY});
+  all.set(all.arguments.q, {-1}), all.set(all.arguments.k, {INFINITY, INFINITY}), all.set(all.arguments.v, {NAN, INFINITY});
   EXPECT_EQ(attention(all.problem, all.arguments).o[0], 0);
   EXPECT_EQ(attention(all.problem, all.arguments).lse[0], -kInf);
+}
+
+TEST(Attention, RowsOfMinusInfinityHaveNoGradient) {
+  Problem p = scalar_problem(2, 2);
+  p.pass = Pass::kBackward;
+  HostTensors t(p, 1);
+  t.set(t.arguments.q, {-1, 1}), t.set(t.arguments.k, {INFINITY, INFINITY});
+  t.set(t.arguments.v, {NAN, 1}), t.set(t.arguments.do_, {NAN, 1});
+  Outputs out = attention(p, t.arguments);
+  EXPECT_EQ(out.dq[0], 0);
+  EXPECT_TRUE(std::isnan(out.dq[1]));  // scores of +inf
+  EXPECT_TRUE(std::isnan(out.dv[0]));
+  t.set(t.arguments.q, {-1, -2});
+  out = attention(p, t.arguments);
+  for (const std::vector<double>& gradient : {out.dq, out.dk, out.dv}) EXPECT_EQ(gradient, std::vector<double>(2, 0.0));
+}
+
+TEST(Attention, PlusInfinityMakesItsRowNan) {
+  HostTensors t(scalar_problem(2, 3), 0);
+  t.set(t.arguments.q, {1, 0}), t.set(t.arguments.k, {0, INFINITY, 1}), t.set(t.arguments.v, {5, 6, 7});
+  Outputs out = attention(t.problem, t.arguments);
+  for (int i : {0, 1}) EXPECT_TRUE(std::isnan(out.o[i]) && std::isnan(out.lse[i])) << i;  // +inf; 0 * inf
+
+  Problem p = scalar_problem(2, 1);
+  p.sink = true, p.window_right = 0;  // the first query sees nothing
+  for (float sink : {INFINITY, NAN}) {
+    HostTensors with_sink(p, 0);
+    with_sink.set(with_sink.arguments.sink, {sink});
+    out = attention(p, with_sink.arguments);
+    EXPECT_EQ(out.o[0], 0);
+    EXPECT_EQ(std::isnan(out.lse[0]), std::isnan(sink));
+    EXPECT_TRUE(std::isnan(out.o[1]) && std::isnan(out.lse[1])) << sink;
+  }
 }
 
 TEST(Attention, SinkTakesPartInTheSum) {
