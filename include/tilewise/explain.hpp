@@ -14,12 +14,23 @@ struct TilePlan {
   int64_t units = 0;       // threads or CTAs that work at the same time
 };
 
+// One head group of the first sequence as a picture of at most 16 x 64 cells, each of rows_per_cell x columns_per_cell tiles.
+// In a row of cells [begin, end) is touched, of which [full_begin, full_end) needs no mask.
+struct TilePicture {
+  struct Row {
+    int64_t begin, full_begin, full_end, end;
+  };
+  int64_t rows_per_cell = 1, columns_per_cell = 1, columns = 0;
+  std::vector<Row> rows;
+};
+
 struct Explanation {
   std::string kernel;
   TilePlan tiles;
   std::vector<Candidate> candidates;
   int64_t work_items = 0;                                       // (batch, head group, block of rows) with at least one row
   int64_t full_tiles = 0, masked_tiles = 0, skipped_tiles = 0;  // block_m x block_n tiles: no mask, mask applied, never touched
+  TilePicture picture;
   double flops = 0;                                             // useful: visible (query, key) pairs only
   double flash_bytes = 0, standard_bytes = 0;                   // to and from the warehouse
   int64_t workspace_bytes = 0, flash_extra_bytes = 0, standard_extra_bytes = 0;  // memory beyond the tensors; flash: workspace and lse

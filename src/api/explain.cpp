@@ -25,16 +25,22 @@ double clamped_sum(double first, double n, double limit) {
   return (top - rise) * (first + (rise + top - 1) / 2) + (n - top) * limit;
 }
 
-GroupCounts count_group(const Band& band, int64_t group, const TilePlan& tiles) {
+// The rows of a head group, [begin, end), and the queries that they hold.
+struct Rows {
+  int64_t begin, end;
+  int m_begin, m_end;
+  Rows(int64_t first, int64_t past, int group)
+      : begin(first), end(past), m_begin(query_head_of_row(first, group).query), m_end(query_head_of_row(past - 1, group).query + 1) {}
+};
+
+GroupCounts count_group(const Band& band, int group, const TilePlan& tiles) {
   GroupCounts c;
-  const int64_t rows = band.seqlen_q * group;
+  const int64_t rows = static_cast<int64_t>(band.seqlen_q) * group;
   const int block_n = static_cast<int>(std::min<int64_t>(tiles.block_n, kMaxSeqlen));
   const double key_blocks = ceil_div(band.seqlen_k, block_n);
   for (int64_t row = 0; row < rows; row += tiles.block_m) {
-    const int64_t row_end = std::min(row + tiles.block_m, rows);
-    const int m_begin = query_head_of_row(row, static_cast<int>(group)).query;
-    const int m_end = query_head_of_row(row_end - 1, static_cast<int>(group)).query + 1;
-    const BlockRange blocks = kv_blocks(band, m_begin, m_end, block_n);
+    const Rows block(row, std::min(row + tiles.block_m, rows), group);
+    const BlockRange blocks = kv_blocks(band, block.m_begin, block.m_end, block_n);
     const double touched = blocks.end - blocks.begin, full = blocks.full_end - blocks.full_begin;
     c.items += 1;
     c.full += full;
@@ -42,11 +48,31 @@ GroupCounts count_group(const Band& band, int64_t group, const TilePlan& tiles) 
     c.skipped += key_blocks - touched;
     const int64_t keys_end = std::min<int64_t>(static_cast<int64_t>(blocks.end) * block_n, band.seqlen_k);
     c.keys_read += static_cast<double>(keys_end - static_cast<int64_t>(blocks.begin) * block_n);
-    c.rows_read += touched * static_cast<double>(row_end - row);
+    c.rows_read += touched * static_cast<double>(block.end - block.begin);
   }
   const double n = band.seqlen_q, limit = band.seqlen_k;
   c.pairs = clamped_sum(raw_end_key(band, 0), n, limit) - clamped_sum(raw_first_key(band, 0), n, limit);
   return c;
+}
+
+TilePicture draw(const Band& band, int group, const TilePlan& tiles) {
+  constexpr int64_t kMaxRows = 16, kMaxColumns = 64;
+  const int block_n = static_cast<int>(std::min<int64_t>(tiles.block_n, kMaxSeqlen));
+  const int64_t rows = static_cast<int64_t>(band.seqlen_q) * group, key_blocks = ceil_div(band.seqlen_k, block_n);
+  TilePicture picture;
+  picture.rows_per_cell = std::max<int64_t>(ceil_div(ceil_div(rows, tiles.block_m), kMaxRows), 1);
+  picture.columns_per_cell = std::max<int64_t>(ceil_div(key_blocks, kMaxColumns), 1);
+  picture.columns = ceil_div(key_blocks, picture.columns_per_cell);
+  const int64_t cell_rows = picture.rows_per_cell * tiles.block_m, across = picture.columns_per_cell;
+  for (int64_t row = 0; row < rows; row += cell_rows) {
+    const Rows cells(row, std::min(row + cell_rows, rows), group);
+    const BlockRange blocks = kv_blocks(band, cells.m_begin, cells.m_end, block_n);
+    TilePicture::Row r{blocks.begin / across, ceil_div<int64_t>(blocks.full_begin, across), 0, ceil_div<int64_t>(blocks.end, across)};
+    r.full_end = blocks.full_end == key_blocks ? picture.columns : blocks.full_end / across;  // the last cell may be narrow
+    if (blocks.full_begin == blocks.full_end || r.full_begin >= r.full_end) r.full_begin = r.full_end = r.end;
+    picture.rows.push_back(r);
+  }
+  return picture;
 }
 
 int64_t to_count(double value) { return static_cast<int64_t>(std::min(value, 9.0e18)); }
@@ -62,7 +88,9 @@ class Counter {
     if (seqlen_q != seqlen_q_ || seqlen_k != seqlen_k_) {
       const Band band = make_band(static_cast<int>(seqlen_q), static_cast<int>(seqlen_k), p_.window_left, p_.window_right,
                                   p_.alignment == Alignment::kTopLeft);
-      counts_ = count_group(band, p_.num_heads_q / p_.num_heads_kv, e_.tiles);
+      const int group = static_cast<int>(p_.num_heads_q / p_.num_heads_kv);
+      counts_ = count_group(band, group, e_.tiles);
+      if (seqlen_q_ < 0) e_.picture = draw(band, group, e_.tiles);
       seqlen_q_ = seqlen_q;
       seqlen_k_ = seqlen_k;
     }
@@ -140,13 +168,16 @@ void count_sequences(const Problem& p, const Lengths& lengths, Counter& counter)
     return;
   }
   int64_t left_q = p.packed ? p.total_q : p.batch * p.seqlen_q, left_k = p.packed ? p.total_k : p.batch * p.seqlen_k;
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t b = 0, same = 1; b < p.batch; b += same) {
     const auto index = static_cast<size_t>(b);
     const int64_t q = lengths.q.empty() ? std::min(p.seqlen_q, left_q) : lengths.q[index];
     const int64_t k = lengths.k.empty() ? std::min(p.seqlen_k, left_k) : lengths.k[index];
-    left_q -= q;
-    left_k -= k;
-    counter.add(q, k, 1);
+    same = 1;
+    if (lengths.q.empty() && lengths.k.empty())  // as many alike as the totals allow
+      same = std::max<int64_t>(std::min({p.batch - b, q > 0 ? left_q / q : p.batch, k > 0 ? left_k / k : p.batch}), 1);
+    left_q -= same * q;
+    left_k -= same * k;
+    counter.add(q, k, static_cast<double>(same));
   }
 }
 
@@ -162,6 +193,14 @@ Result<Explanation> explain(const Problem& problem, const Device& device, const 
   Explanation e;
   e.kernel = (*kernel)->name;
   e.tiles = (*kernel)->tile_plan(problem, device);
+  // A few seconds of counting. Blocks of rows per head group are what is walked; nothing else is large.
+  constexpr int64_t kMostBlocks = 1 << 28;
+  const int64_t blocks = ceil_div(problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv), e.tiles.block_m);
+  if (blocks > kMostBlocks) {
+    return unsupported("seqlen_q " + std::to_string(problem.seqlen_q) + " with num_heads_q " + std::to_string(problem.num_heads_q) +
+                       " over num_heads_kv " + std::to_string(problem.num_heads_kv) + " makes " + std::to_string(blocks) +
+                       " blocks of rows, and explain counts no more than " + std::to_string(kMostBlocks));
+  }
   e.candidates = list_candidates(problem, device);
   e.workspace_bytes = static_cast<int64_t>((*kernel)->workspace_bytes(problem, device));
   Counter counter(problem, e);

@@ -437,6 +437,41 @@ TEST_F(Tool, ExplainDrawsTheTilesThatItCounts) {
   }
 }
 
+TEST_F(Tool, ExplainDrawsManyTilesAsCells) {
+  const auto rows_of = [&](const std::string& problem) {
+    const Json plan = json("explain --json " + problem);
+    EXPECT_GT(plan["picture"]["tiles_down"], 1) << problem;
+    EXPECT_GT(plan["picture"]["tiles_across"], 1) << problem;
+    std::vector<std::string> rows = plan["picture"]["rows"];
+    EXPECT_LE(rows.size(), 16u) << problem;
+    for (const std::string& row : rows) {
+      EXPECT_EQ(row.size(), rows[0].size()) << problem;
+      EXPECT_LE(row.size(), 64u) << problem;
+      EXPECT_GE(row.size(), 32u) << problem;
+    }
+    return rows;
+  };
+  for (const std::string& row : rows_of("q128000 d64")) EXPECT_EQ(row.find_first_not_of('#'), std::string::npos) << row;
+  size_t before = 0;  // the stairs of a causal mask
+  for (const std::string& row : rows_of("q128000 d64 causal")) {
+    const size_t full = row.find_first_not_of('#'), touched = row.find('.');
+    EXPECT_GE(full, before) << row;
+    EXPECT_EQ(row.find_first_not_of('+', full), touched) << row;
+    EXPECT_EQ(touched == row.npos ? row.npos : row.find_first_not_of('.', touched), row.npos) << row;
+    before = full;
+  }
+  EXPECT_GT(before, 32u);
+}
+
+TEST_F(Tool, ExplainEndsForAnyProblem) {
+  expect_refusal("explain q1000000000 h1000000/1 d1", "blocks of rows, and explain counts no more than");
+  const Problem packed = *Problem::parse("packed b1000000000 q3 k5 tq1000000000 tk70 h2 d8");
+  const auto e = explain(packed);
+  ASSERT_TRUE(e.ok()) << e.status().message();
+  EXPECT_EQ(e->flops, 4.0 * 2 * 8 * 14 * 3 * 5);  // 14 sequences have keys
+  EXPECT_EQ(e->work_items, 2 * 333333334);
+}
+
 TEST_F(Tool, ExplainListsEveryCandidate) {
   const Outcome run = tilewise("explain q4096 h8 d64 causal");
   ASSERT_EQ(run.code, 0) << run.err;

@@ -12,41 +12,17 @@
 namespace tilewise::tool {
 namespace {
 
-// The tiles of one head group of one sequence at the problem's bounds, several to a cell where there are many.
+// Tiles of a picture's cells.
 enum Cell : char { kSkipped, kMasked, kFull };
-struct Picture {
-  int64_t rows_per_cell = 1, columns_per_cell = 1;  // tiles
-  std::vector<std::vector<Cell>> cells;             // rows of queries, columns of keys
-};
-
-// Query i sees the keys i + offset - window_left <= j <= i + offset + window_right (docs/numerics.md), so the corners of
-// [q, q_end) x [k, k_end) tell whether any pair of it is visible and whether all are.
-Cell kind_of(const Problem& p, int64_t q, int64_t q_end, int64_t k, int64_t k_end) {
-  const int64_t offset = p.alignment == Alignment::kTopLeft ? 0 : p.seqlen_k - p.seqlen_q;
-  const bool left = p.window_left >= 0, right = p.window_right >= 0;
-  if ((left && k_end - 1 < q + offset - p.window_left) || (right && k > q_end - 1 + offset + p.window_right)) return kSkipped;
-  if ((left && k < q_end - 1 + offset - p.window_left) || (right && k_end - 1 > q + offset + p.window_right)) return kMasked;
-  return kFull;
+Cell cell_of(const TilePicture::Row& row, int64_t column) {
+  if (column < row.begin || column >= row.end) return kSkipped;
+  return column >= row.full_begin && column < row.full_end ? kFull : kMasked;
 }
-
-Picture draw(const Problem& p, const TilePlan& tiles) {
-  constexpr int64_t kMaxRows = 16, kMaxColumns = 64;
-  const int64_t group = p.num_heads_q / p.num_heads_kv, rows = p.seqlen_q * group;
-  const int64_t m_blocks = (rows + tiles.block_m - 1) / tiles.block_m, n_blocks = (p.seqlen_k + tiles.block_n - 1) / tiles.block_n;
-  Picture picture;
-  picture.rows_per_cell = (m_blocks + kMaxRows - 1) / kMaxRows;
-  picture.columns_per_cell = (n_blocks + kMaxColumns - 1) / kMaxColumns;
-  for (int64_t m = 0; m < m_blocks; m += picture.rows_per_cell) {
-    auto& line = picture.cells.emplace_back();
-    const int64_t q = m * tiles.block_m / group;
-    const int64_t q_end = (std::min(rows, (m + picture.rows_per_cell) * tiles.block_m) - 1) / group + 1;
-    for (int64_t n = 0; n < n_blocks; n += picture.columns_per_cell) {
-      const int64_t k_end = std::min(p.seqlen_k, (n + picture.columns_per_cell) * tiles.block_n);
-      const Cell kind = kind_of(p, q, q_end, n * tiles.block_n, k_end);
-      line.push_back(kind == kFull && k_end % tiles.block_n != 0 ? kMasked : kind);  // the sequence ends inside the tile
-    }
-  }
-  return picture;
+template <class Glyphs>  // by Cell
+std::string line_of(const TilePicture& picture, const TilePicture::Row& row, const Glyphs& glyphs) {
+  std::string line;
+  for (int64_t column = 0; column < picture.columns; ++column) line += glyphs[cell_of(row, column)];
+  return line;
 }
 
 // What the machine's measured rates make of a plan.
@@ -96,17 +72,13 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   const auto glyph = glyphs();
   row("", fmt::format("{} full {}   {} masked {}   {} skipped {}", glyph[kFull], e.full_tiles, glyph[kMasked], e.masked_tiles,
                       glyph[kSkipped], e.skipped_tiles));
-  const Picture picture = draw(p, e.tiles);
-  if (!picture.cells.empty()) {
+  const TilePicture& picture = e.picture;
+  if (!picture.rows.empty()) {
     const bool each = picture.rows_per_cell == 1 && picture.columns_per_cell == 1;
     row("", "queries down, keys across, one sign " +
                 (each ? "a tile" : fmt::format("for {} x {} tiles", picture.rows_per_cell, picture.columns_per_cell)) + ":");
   }
-  for (const auto& cells : picture.cells) {
-    std::string line;
-    for (const Cell cell : cells) line += glyph[cell];
-    row("", "  " + line);
-  }
+  for (const auto& cells : picture.rows) row("", "  " + line_of(picture, cells, glyph));
   row("arithmetic", si_text(e.flops) + "FLOP on visible pairs");
   fmt::print("\n{:<11} {:>12} {:>12}\n", "", "flash", "standard");
   const auto pair = [](const char* name, const std::string& flash, const std::string& standard, const std::string& note) {
@@ -125,14 +97,9 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
 
 Json explanation_json(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
   const Times times = times_of(p, e, rates);
-  const Picture picture = draw(p, e.tiles);
   Json candidates = Json::array(), lines = Json::array();
   for (const Candidate& candidate : e.candidates) candidates.push_back({{"name", candidate.name}, {"refusal", candidate.refusal}});
-  for (const auto& cells : picture.cells) {
-    std::string line;
-    for (const Cell cell : cells) line += ".+#"[cell];
-    lines.push_back(line);
-  }
+  for (const auto& cells : e.picture.rows) lines.push_back(line_of(e.picture, cells, std::string(".+#")));
   return {{"problem", p.to_string()},
           {"device", device_json(device)},
           {"rates", {{"flops_per_second", rates.flops_per_second}, {"bytes_per_second", rates.bytes_per_second}}},
@@ -148,8 +115,8 @@ Json explanation_json(const Problem& p, const Device& device, const Explanation&
             {"masked", e.masked_tiles},
             {"skipped", e.skipped_tiles}}},
           {"picture",
-           {{"tiles_down", picture.rows_per_cell},
-            {"tiles_across", picture.columns_per_cell},
+           {{"tiles_down", e.picture.rows_per_cell},
+            {"tiles_across", e.picture.columns_per_cell},
             {"full", "#"},
             {"masked", "+"},
             {"skipped", "."},
