@@ -85,18 +85,26 @@ struct HostTrial {
   const Arguments& arguments() const { return trial.host_arguments(); }
 
   // Backward reads o and lse: made anew from the tensors as they are now.
+  void make_forward_results(int threads = 0) {
+    Problem forward = problem;
+    forward.pass = Pass::kForward;
+    Arguments a = arguments();
+    a.do_ = a.dlse = a.dq = a.dk = a.dv = a.dsink = {};
+    run(forward, a, threads);
+  }
   std::vector<std::vector<uint32_t>> run_bits(int threads = 0) {
-    if (problem.pass == Pass::kBackward) {
-      Problem forward = problem;
-      forward.pass = Pass::kForward;
-      Arguments a = arguments();
-      a.do_ = a.dlse = a.dq = a.dk = a.dv = a.dsink = {};
-      run(forward, a, threads);
-    }
+    if (problem.pass == Pass::kBackward) make_forward_results(threads);
     run(problem, arguments(), threads);
     std::vector<std::vector<uint32_t>> bits;
     for (const TensorView& output : outputs_of(problem, arguments())) bits.push_back(bits_of(output));
     return bits;
+  }
+  // Judged against float64 with the tensors as they are now.
+  void expect_pass() {
+    if (problem.pass == Pass::kBackward) make_forward_results();
+    ASSERT_TRUE(trial.upload().ok() && trial.run().ok());
+    const reference::Report report = trial.compare().value();
+    EXPECT_TRUE(report.pass) << problem.to_string() << ": " << report.first_failure;
   }
 };
 
