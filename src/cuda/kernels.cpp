@@ -32,6 +32,8 @@ std::string forward_name(const ForwardConfig& c) {
   return c.modified ? name + "_modified" : name;
 }
 
+constexpr float kSmallestScale = 1e-30f;  // below it, products would be flushed to 0
+
 // "head_dim 80 is above 64", "head_dim 20 is not a multiple of 8".
 std::string refuse_dim(const char* name, int64_t dim, int largest) {
   const std::string text = std::string(name) + " " + std::to_string(dim);
@@ -53,8 +55,9 @@ std::string forward_refusal(const ForwardRow& row, const Problem& p, const Devic
     return "needs " + std::to_string(row.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(device.desk_bytes);
   const bool bfloat16 = c.element == ptx::Element::kBFloat16;
   if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16)) return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
-  const bool modified = p.softcap > 0 || p.alibi;
-  if (modified != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
+  // A maximum of scores is the maximum of scaled scores, and -inf stays -inf, only where the scale is above 0.
+  const bool modified = p.softcap > 0 || p.alibi || !(p.scale() >= kSmallestScale);
+  if (modified != c.modified) return c.modified ? "is for softcap, alibi and scales that are not positive" : "has no softcap, no alibi and only positive scales";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
   if (const int64_t pairs = pairs_of(p, c.block_m()); pairs > std::numeric_limits<int>::max() - device.units)

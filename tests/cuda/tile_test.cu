@@ -222,7 +222,7 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
 }
 
 __global__ void ring_kernel(int count, int* out) {
-  Ring<3> ring, far;
+  Ring<4> ring, far;
   for (int i = 0; i < count; ++i) ring.advance();
   far.advance(count);
   out[0] = ring.stage();
@@ -235,7 +235,7 @@ TEST_F(TileTest, RingWalksStagesAndParities) {
   const OnDevice<int> out(std::vector<int>(4));
   for (int count = 0; count < 20; ++count) {
     ring_kernel<<<1, 1>>>(count, out.data);
-    EXPECT_EQ(out.get(), (std::vector<int>{count % 3, count / 3 % 2, count % 3, count / 3 % 2}));
+    EXPECT_EQ(out.get(), (std::vector<int>{count % 4, count / 4 % 2, count % 4, count / 4 % 2}));
   }
 }
 

@@ -133,31 +133,37 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   for (int i = thread; i < rows; i += 128) store_lse<C>(params, item, begin + i, params.sink ? params.sink[item.head] : -INFINITY);
 }
 
-// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. `lse2` is its log2 of the sum, finite.
+// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. `lse2` is its log2 of the sum. Every branch is
+// visibly uniform: one that is not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
 template <ForwardConfig C>
-__device__ __noinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query, float lse2) {
+__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query, float lse2) {
   const auto row_of = [&](const Elements& t, long long row, int head) {
     return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
   };
-  const int lane = static_cast<int>(threadIdx.x) % 32, end = end_key(item.band, query);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int begin = uniform(first_key(item.band, query)), end = uniform(end_key(item.band, query));
   const uint16_t* q = row_of(params.q, item.sequence.q_row + query, item.head);
   const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] : 0;
 #pragma unroll 1
-  for (int column = lane; column < round_up(params.head_dim_v, 32); column += 32) {
+  for (int columns = 0; columns < params.head_dim_v; columns += 32) {
+    const int column = columns + lane;
+    const bool inside = column < params.head_dim_v;
     float sum = 0;
 #pragma unroll 1
-    for (int key = first_key(item.band, query); key < end && __any_sync(0xffffffff, sum == sum); ++key) {
+    for (int key = begin; key < end; ++key) {
       const uint16_t* k = row_of(params.k, item.sequence.k_row + key, item.head / params.group);
       float score = 0;
 #pragma unroll 1
-      for (int d = lane; d < params.head_dim; d += 32) score += ptx::to_float<C.element>(q[d]) * ptx::to_float<C.element>(k[d]);
+      for (int d = 0; d < params.head_dim; d += 32)
+        if (d + lane < params.head_dim) score += ptx::to_float<C.element>(q[d + lane]) * ptx::to_float<C.element>(k[d + lane]);
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) score += __shfl_xor_sync(0xffffffff, score, distance);
       score = tile::modify(score * params.scale, params.softcap, slope * kLog2e, key - query - item.band.offset);
       const uint16_t* v = row_of(params.v, item.sequence.k_row + key, item.head / params.group);
-      if (column < params.head_dim_v) sum += ptx::exp2(score - lse2) * ptx::to_float<C.element>(v[column]);
+      if (inside) sum += ptx::exp2(score - lse2) * ptx::to_float<C.element>(v[column]);
+      if (uniform(!__any_sync(0xffffffff, sum == sum))) break;
     }
-    if (column < params.head_dim_v) output_row<C>(params, item, query)[column] = static_cast<uint16_t>(ptx::pack<C.element>(sum, 0));
+    if (inside) output_row<C>(params, item, query)[column] = static_cast<uint16_t>(ptx::pack<C.element>(sum, 0));
   }
 }
 
@@ -223,21 +229,18 @@ struct Consumer {
     keys.advance();
   }
 
-  // Finds the operands of the block after the present one, which may be the first of the next tile. Values are still held here, so it
-  // may only wait for keys that others can load without them: where a tile begins too far off, it leaves the pipeline to run empty.
-  __device__ __forceinline__ void find_next(const WorkItem<C.consumers>& item, bool last) {
-    if (last) {
-      const tile::Ring<kItems> following = items.next();
-      shared.item_full[following.stage()].wait(following.parity());
-      const WorkItem<C.consumers>& next = shared.item[following.stage()];
-      const int gap = blocks_behind(item) + blocks_before(next);
-      primed = uniform(next.valid && next.part[part].begin < next.part[part].end) && gap < C.stages;
-      if (!primed) return;
-      skip_keys(gap);
-      const tile::Ring<C.q_slots> slot = queries.next();
-      shared.q_full[slot.stage()][part].wait(slot.parity());
-      q_stage = slot.stage();
-    }
+  // Finds the operands of the next tile's first block. Values are still held here, so it may only wait for keys that others can load without them: where a tile begins too far off, it leaves the pipeline to run empty.
+  __device__ __forceinline__ void find_next(const WorkItem<C.consumers>& item) {
+    const tile::Ring<kItems> following = items.next();
+    shared.item_full[following.stage()].wait(following.parity());
+    const WorkItem<C.consumers>& next = shared.item[following.stage()];
+    const int gap = blocks_behind(item) + blocks_before(next);
+    primed = uniform(next.valid && next.part[part].begin < next.part[part].end) && gap < C.stages;
+    if (!primed) return;
+    skip_keys(gap);
+    const tile::Ring<C.q_slots> slot = queries.next();
+    shared.q_full[slot.stage()][part].wait(slot.parity());
+    q_stage = slot.stage();
     find_keys();
   }
 
@@ -304,7 +307,7 @@ struct Consumer {
       tile::modify_block(s[kPart], params.scale, params.softcap, slope, query + item.band.offset, key);
     }
     if (edge) tile::mask_block(s[kPart], item.band, query, key);
-    if (edge || fresh || !tile::add_block_stale<C.element>(rows, s[kPart], factor, p[kPart])) {
+    if (fresh || !tile::add_block_stale<C.element>(rows, s[kPart], factor, p[kPart])) {
       float rescale[2];
       tile::add_block_exact<C.element>(rows, s[kPart], factor, p[kPart], rescale);
       if (!fresh && __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1)) {
@@ -314,14 +317,13 @@ struct Consumer {
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[tile::row_of(i)];
       }
     }
-    if constexpr (kPart == 0) {
-      shared.v_full[values.stage()].wait(values.parity());
-      find_next(item, last);
-    }
+    if (kPart == 0 && last) find_next(item);
     if (primed) take_turn();
     ptx::wgmma_fence();
     tile::multiply_values<C.element, C.head_dim_v, kKeys>(o, p[kPart], shared.v[values.stage()], kPart * kKeys, !fresh);
     ptx::wgmma_commit();
+    if (kPart == 0 && !last) find_keys();
+    ptx::wgmma_fence();
     issue_scores<kPart>();
     ptx::wgmma_commit();
     if (primed) pass_turn();
@@ -360,13 +362,13 @@ struct Consumer {
       if (inside && threadIdx.x % 4 == 0) store_lse<C>(params, item, query, lse2 * kLn2);
       if (masked) {
         // A value that is infinite or NaN times the 0 of a pair that is not visible is NaN: such rows are rare, and computed again.
-        float product = 0;
+        float product[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i)
-          if (tile::row_of(i) == r) product = fmaf(o[i], 0, product);
-        unsigned spoilt = __ballot_sync(0xffffffff, product != 0 && inside && lse2 < INFINITY);
+          if (tile::row_of(i) == r) product[i / 4 % 4] = fmaf(o[i], 0, product[i / 4 % 4]);
+        unsigned spoilt = __ballot_sync(0xffffffff, product[0] + product[1] + product[2] + product[3] != 0 && inside && lse2 < INFINITY);
 #pragma unroll 1
-        while (spoilt) {
+        while (uniform(static_cast<int>(spoilt)) != 0) {
           const int lane = __ffs(static_cast<int>(spoilt)) - 1;
           __syncwarp();  // the row has been stored
           recompute_row<C>(params, item, __shfl_sync(0xffffffff, query, lane), __shfl_sync(0xffffffff, lse2, lane));
@@ -392,18 +394,17 @@ struct Consumer {
         rows.clear();
         skip_values(blocks_before(item));
         for (int done = 0; done < blocks; ++done) {
-          wait();
           const bool last = done + 1 == blocks;
-          if (leader) {
-            shared.k_empty[values.stage()].arrive();
-            if (last) shared.q_empty[queries.stage()][part].arrive();
-          }
           const int block = range.end - 1 - done, key = block * C.block_n;
           const bool edge = block < range.full_begin || block >= range.full_end;
+          shared.v_full[values.stage()].wait(values.parity());
+          wait();
+          shared.k_empty[values.stage()].arrive_if(leader);
+          shared.q_empty[queries.stage()][part].arrive_if(leader && last);
           step<0>(item, key, edge, done == 0, last);
           if constexpr (C.parts == 2) step<1>(item, key + kKeys, edge, false, last);
           ptx::wgmma_wait<1>();  // the product with the values, which was issued before the last scores
-          if (leader) shared.v_empty[values.stage()].arrive();
+          shared.v_empty[values.stage()].arrive_if(leader);
           values.advance();
         }
         wait();

@@ -27,7 +27,8 @@ struct Wgmma;
 
 #define TW_D8(i) \
   "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]), "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
-#define TW_D32 TW_D8(0), TW_D8(1), TW_D8(2), TW_D8(3)
+#define TW_D24 TW_D8(0), TW_D8(1), TW_D8(2)
+#define TW_D32 TW_D24, TW_D8(3)
 #define TW_D40 TW_D32, TW_D8(4)
 #define TW_D48 TW_D40, TW_D8(5)
 #define TW_D56 TW_D48, TW_D8(6)
@@ -37,7 +38,8 @@ struct Wgmma;
 #define TW_D96 TW_D88, TW_D8(11)
 #define TW_D128 TW_D96, TW_D8(12), TW_D8(13), TW_D8(14), TW_D8(15)
 
-#define TW_L32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define TW_L24 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23"
+#define TW_L32 TW_L24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define TW_L40 TW_L32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define TW_L48 TW_L40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define TW_L56 TW_L48 ",%48,%49,%50,%51,%52,%53,%54,%55"
@@ -77,6 +79,7 @@ struct Wgmma;
         TW_RS(n, "f16", r, r0, r1, r2, r3, r4, r5, r6);                                                                               \
     }                                                                                                                             \
   };
+TW_WGMMA(48, 24, 24, 25, 26, 27, 28, 29, 30)
 TW_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 TW_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
 TW_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)
@@ -90,6 +93,7 @@ TW_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef TW_WGMMA
 #undef TW_RS
 #undef TW_SS
+#undef TW_L24
 #undef TW_L32
 #undef TW_L40
 #undef TW_L48
@@ -100,6 +104,7 @@ TW_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef TW_L96
 #undef TW_L128
 #undef TW_D8
+#undef TW_D24
 #undef TW_D32
 #undef TW_D40
 #undef TW_D48

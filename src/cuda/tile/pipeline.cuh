@@ -17,6 +17,12 @@ struct Barrier {
   __device__ __forceinline__ void arrive(uint32_t count = 1) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(count) : "memory");
   }
+  // Without a branch, which would part the loop over keys.
+  __device__ __forceinline__ void arrive_if(bool condition) {
+    asm volatile("{\n.reg .pred yes;\nsetp.ne.b32 yes, %1, 0;\n@yes mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(address()),
+                 "r"(static_cast<int>(condition))
+                 : "memory");
+  }
   __device__ __forceinline__ void arrive_and_expect(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
@@ -29,14 +35,14 @@ struct Barrier {
   }
 };
 
-// One register: the stage, plus kStages in odd rounds.
+// One register, which counts.
 template <int kStages>
 struct Ring {
+  static_assert((kStages & (kStages - 1)) == 0, "a power of two: the loop over keys waits for this arithmetic");
   int position = 0;
-  __device__ __forceinline__ int stage() const { return kStages == 1 ? 0 : position < kStages ? position : position - kStages; }
-  __device__ __forceinline__ uint32_t parity() const { return position >= kStages; }
-  __device__ __forceinline__ void advance() { position = position + 1 == 2 * kStages ? 0 : position + 1; }
-  __device__ __forceinline__ void advance(int count) { position = (position + count) % (2 * kStages); }
+  __device__ __forceinline__ int stage() const { return position & (kStages - 1); }
+  __device__ __forceinline__ uint32_t parity() const { return position / kStages & 1; }
+  __device__ __forceinline__ void advance(int count = 1) { position = (position + count) & (2 * kStages - 1); }
   __device__ __forceinline__ Ring next() const {
     Ring ring = *this;
     ring.advance();

@@ -59,15 +59,18 @@ __device__ __forceinline__ bool add_block_stale(Rows& rows, const float (&s)[kCo
   return true;
 }
 
-// Adds a block under the true maximum so far; `rescale` is what o must be multiplied by before the block's values are added.
+// Adds a block under the true maximum so far, for a factor above 0; `rescale` is what o must be multiplied by before the block's values are added.
 template <ptx::Element kElement, int kCount>
 __device__ __forceinline__ void add_block_exact(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2], float (&rescale)[2]) {
-  float shift[2], sum[2], highest[2] = {-INFINITY, -INFINITY};
+  float shift[2], sum[2], even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) highest[row_of(i)] = fmaxf(highest[row_of(i)], s[i] * factor);
+  for (int i = 0; i < kCount; i += 2) {
+    even[row_of(i)] = fmaxf(even[row_of(i)], s[i]);
+    odd[row_of(i)] = fmaxf(odd[row_of(i)], s[i + 1]);
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float max = fmaxf(rows.max[r], row_max(highest[r]));
+    const float max = fmaxf(rows.max[r], row_max(fmaxf(even[r], odd[r])) * factor);
     shift[r] = max == -INFINITY ? 0 : max;  // nothing visible yet: every 2^(-inf - 0) is 0
     rescale[r] = ptx::exp2(rows.max[r] - shift[r]);
     rows.max[r] = max;
@@ -88,9 +91,12 @@ __device__ __forceinline__ void mask_block(float (&s)[kCount], const Band& band,
     end[r] = end_key(band, query + 8 * r) - column;
   }
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int r = row_of(i), c = column_of(i);
-    if (c < begin[r] || c >= end[r]) s[i] = -INFINITY;
+  for (int i = 0; i < kCount; ++i)
+    if (column_of(i) >= end[row_of(i)]) s[i] = -INFINITY;
+  if (__any_sync(0xffffffff, begin[1] > 0)) {  // the left edge of a window
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (column_of(i) < begin[row_of(i)]) s[i] = -INFINITY;
   }
 }
 
