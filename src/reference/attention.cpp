@@ -223,7 +223,7 @@ void backward(const Inputs& in, const Sequence& s, int64_t b, int64_t head_kv, O
       }
       const double probability = std::exp(in.sink(head) - row.lse);
       dsink += probability * (dlse - delta);
-      dsink_noise += probability * probability * (delta_noise + dlse * dlse);
+      dsink_noise += probability * probability * (delta_noise + dlse * dlse + of_scores * of_scores * (dlse - delta) * (dlse - delta));
     }
     if (noise) noise->dsink[b * in.heads + head] = dsink_noise;
     out->dsink[b * in.heads + head] = dsink;

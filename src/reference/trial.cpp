@@ -133,10 +133,10 @@ std::vector<int32_t> draw_lengths(Random* random, int64_t batch, int64_t longest
   return lengths;
 }
 
-// What luck may add to twice the standard computation's error: so many roundings of the sums that make an output. It
-// decides for short rows, where standard attention may be exact by chance (one key: p = 1); for long rows it is far below.
-constexpr double kFloorMax = 12, kFloorMean = 4;
-constexpr double kFrobenius32 = 2e-6;
+// The bounds that trial.h states. The floor decides for short rows, where standard attention may be exact by chance (one key:
+// p = 1); for long rows it is far below twice the standard error.
+constexpr double kFloorMax = 16, kFloorMean = 6, kFloorMeanAlone = 8;
+constexpr double kFrobenius32 = 2e-6, kModerateLse = 12;
 
 double unit_roundoff(DataType dtype) { return dtype == DataType::kFloat32 ? 0x1p-24 : dtype == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11; }
 
@@ -615,6 +615,7 @@ Result<Report> Trial::State::compare() {
            : name == "dv"  ? outputs.dv
                            : outputs.dsink;
   };
+  const bool moderate = std::ranges::all_of(exact.lse, [](double lse) { return !std::isfinite(lse) || std::abs(lse) <= kModerateLse; });
   for (TensorReport& r : report.tensors) {
     const Tensor& t = tensor(r.name);
     const auto counted = [&](int64_t index) { return owned(t, index); };
@@ -626,21 +627,19 @@ Result<Report> Trial::State::compare() {
       fail(&r, std::to_string(e.misplaced_count) + " elements are not finite or should not be, the first at " +
                    std::to_string(e.misplaced) + " where float64 has " + number(expected[e.misplaced]));
     const double floor = unit_roundoff(r.name == "lse" ? DataType::kFloat32 : p.dtype);
-    double frobenius_bound = kFrobenius32;
     if (has_standard) {
       const Errors standard_errors = errors_of(standard_arguments.*t.member, expected, noises, counted);
       r.standard_max = standard_errors.max, r.standard_mean = standard_errors.mean;
-      frobenius_bound = std::max(frobenius_bound, 2 * standard_errors.rel_frobenius);
       const double max_bound = 2 * r.standard_max + kFloorMax * floor * e.noise_max;
       const double mean_bound = 2 * r.standard_mean + kFloorMean * floor * e.noise_mean;
       if (!(e.max <= max_bound)) fail(&r, "max error " + number(e.max) + " is above " + number(max_bound));
       if (!(e.mean <= mean_bound)) fail(&r, "mean error " + number(e.mean) + " is above " + number(mean_bound));
     } else {
-      const double bound = 8 * floor * e.noise_mean;
+      const double bound = kFloorMeanAlone * floor * e.noise_mean;
       if (!(e.mean <= bound)) fail(&r, "mean error " + number(e.mean) + " is above " + number(bound));
     }
-    if (p.dtype == DataType::kFloat32 && r.name == "o" && !(e.rel_frobenius < frobenius_bound))
-      fail(&r, "relative Frobenius error " + number(e.rel_frobenius) + " is not below " + number(frobenius_bound));
+    if (p.dtype == DataType::kFloat32 && moderate && (r.name == "o" || r.name == "dv") && !(e.rel_frobenius < kFrobenius32))
+      fail(&r, "relative Frobenius error " + number(e.rel_frobenius) + " is not below " + number(kFrobenius32));
   }
   return report;
 }

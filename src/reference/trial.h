@@ -1,6 +1,6 @@
-// One problem made concrete on a device, run by the library and judged against float64: the rule is that its error is at
-// most twice that of standard attention in the same precision. Everything follows from (problem, seed, layout), so one
-// line repeats a failure. Outputs start as NaN; margins, gaps between strides, rows before and after the sequences (one
+// One problem made concrete on a device, run by the library and judged against float64, by the rule that its error is at
+// most twice that of standard attention in the same precision (Trial::compare has it in numbers). Everything follows from (problem, seed,
+// layout), so one line repeats a failure. Outputs start as NaN; margins, gaps between strides, rows before and after the sequences (one
 // seed of five has them) and keys that nobody sees are NaN too, and every byte that is not an output must be found as it was.
 #pragma once
 
@@ -57,6 +57,12 @@ class Trial {
   Status run();       // plan().run() and synchronize()
   Status download();  // outputs to host_arguments()
   // After run(): downloads and judges. Canaries and unwritten elements are failures, errors of the machine a Status.
+  // With u the unit roundoff of the element type (of float32 for lse) and the noise of an element what one rounding in every
+  // term of its sums comes to (attention.h), each output must keep, over its elements that float64 makes finite,
+  //   max |error| <= 2 * max |standard error| + 16 u * max noise,   mean |error| <= 2 * mean |standard error| + 6 u * mean noise
+  // and be the same NaN or infinity where float64 is. Where memory is too small for standard attention: mean |error| <= 8 u *
+  // mean noise. In float32, o and dv must also have |error| < 2e-6 |value| (Frobenius) if every finite lse is within +-12,
+  // which default scales and drawn data never leave; dq and dk are differences and have no such bound.
   Result<Report> compare();
 
  private:
