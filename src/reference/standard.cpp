@@ -222,7 +222,8 @@ int64_t matrix_elements(const Problem& p) {
   return p.batch * p.num_heads_q * longest(p.seqlen_q, p.packed, p.total_q) * longest(p.seqlen_k, p.packed, p.total_k);
 }
 
-// What this process may still take: of the machine, and of its group's limit.
+}  // namespace
+
 int64_t available_bytes() {
   int64_t available = static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE);
   std::ifstream meminfo("/proc/meminfo");
@@ -233,8 +234,6 @@ int64_t available_bytes() {
     available = std::min(available, limit - used);
   return available;
 }
-
-}  // namespace
 
 int64_t standard_bytes(const Problem& problem) {
   const int matrices = problem.pass == Pass::kForward ? 1 : problem.softcap > 0 ? 3 : 2;  // P; dP; tanh

@@ -13,6 +13,8 @@ namespace tilewise::reference {
 
 // Memory beyond the caller's tensors, known before any of it is taken: S (and for the backward pass dP).
 int64_t standard_bytes(const Problem& problem);
+// What this process may still take: of the machine, and of its group's limit.
+int64_t available_bytes();
 
 class Standard {
  public:

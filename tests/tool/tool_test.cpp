@@ -331,6 +331,31 @@ TEST_F(Tool, AStdoutThatTakesNothingIsAFailure) {
   }
 }
 
+TEST_F(Tool, WhatDoesNotFitIsRefusedBeforeItIsTaken) {
+  expect_refusal("bench q1 k1000000000 h64 d512 --json -", "'fwd b1 q1 k1000000000 h64 d512 fp32' needs 477 TiB of memory, ", 3);
+  expect_refusal("verify q1 k1000000000 h64 d512", "verifying 'fwd b1 q1 k1000000000 h64 d512 fp32' needs ", 3);
+  // q, k and v without bytes on the disk.
+  const std::string shape = R"("dtype":"F32","shape":[1,200000000,8,128],"data_offsets":)";
+  const int64_t bytes = 200000000LL * 8 * 128 * 4;
+  std::string header = "{";
+  for (int64_t n = 0; n < 3; ++n)
+    header += std::string(n ? "," : "") + '"' + "qkv"[n] + "\":{" + shape + "[" + std::to_string(n * bytes) + "," +
+              std::to_string((n + 1) * bytes) + "]}";
+  header += "}";
+  header.resize(512, ' ');
+  store(file("in"), std::string("\0\2\0\0\0\0\0\0", 8) + header);
+  std::error_code error;
+  std::filesystem::resize_file(file("in"), static_cast<uintmax_t>(520 + 3 * bytes), error);
+  if (error) GTEST_SKIP() << "no file of 2.4 TB here: " << error.message();
+  expect_refusal("attend in -o out", "in needs 2.99 TiB of memory, ", 3);
+}
+
+TEST_F(Tool, VerifySaysWhatFloat64WouldTakeTooLongFor) {
+  const Outcome run = shell("OMP_NUM_THREADS=2 " TW_TOOL " verify q300000 d64");
+  EXPECT_EQ(run.code, 2);
+  EXPECT_NE(run.err.find(" minutes; --long does it all the same"), std::string::npos) << run.err;
+}
+
 TEST_F(Tool, UsageErrorsAreOneSentence) {
   expect_refusal("", "a command is missing");
   expect_refusal("frobnicate", "frobnicate");

@@ -235,12 +235,23 @@ std::string run(const Problem& problem, const Device& device, const Arguments& a
   return std::string(whole.kernel());
 }
 
+// Of a GPU's tensors no more than the inputs or the outputs, about half of all, are on the host at a time; its own memory
+// refuses by itself.
+void check_memory(const std::string& name, Problem problem, const Device& device, bool gradients) {
+  auto workspace = static_cast<double>(require(Plan::make(problem, device)).workspace_bytes());
+  if (gradients) {
+    problem.pass = Pass::kBackward;
+    workspace = std::max(workspace, static_cast<double>(require(Plan::make(problem, device)).workspace_bytes()));
+  }
+  require_memory(name, device.type == DeviceType::kCpu ? tensor_bytes(problem) + workspace : tensor_bytes(problem) / 2);
+}
+
 void attend(const AttendOptions& options) {
   require(files::check_writable(options.output));
   const Device device = options.device.open();
   Input input(require(safetensors::File::open(options.input)), device);
   Problem problem = describe(input, options);
-  require(Plan::make(problem, device).status());
+  check_memory(options.input, problem, device, input.find("do"));
 
   const Shape rows_q = problem.packed ? Shape{problem.total_q} : Shape{problem.batch, problem.seqlen_q};
   const Shape rows_k = problem.packed ? Shape{problem.total_k} : Shape{problem.batch, problem.seqlen_k};

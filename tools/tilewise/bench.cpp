@@ -236,6 +236,9 @@ Row measure(const Problem& problem, const Device& device, const BenchOptions& op
   const bool backward = problem.pass == Pass::kBackward, on_cpu = device.type == DeviceType::kCpu;
   const bool with_standard = !options.peers.empty();
   if (with_standard && !on_cpu) throw Failure(kBadRequest, "standard attention takes turns on the CPU only");
+  // float64 of the sampled rows has the gradients of all keys.
+  const double judged = options.error && backward ? 8 / static_cast<double>(reference::element_bytes(problem.dtype)) : 0;
+  require_memory("'" + problem.to_string() + "'", trial_bytes(problem, device) + judged * tensor_bytes(problem));
   Row row{problem, {}, rates_of(device, problem.dtype), {}};
   warm_up(problem, device, with_standard);
   reference::Trial trial = require(reference::Trial::make(problem, device, options.seed));

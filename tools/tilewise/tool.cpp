@@ -13,11 +13,33 @@
 #include <tuple>
 
 #include "files.h"
+#include "reference/standard.h"
 
 namespace tilewise::tool {
 
 void require(const Status& status) {
   if (!status.ok()) throw Failure(status.code() == StatusCode::kUnavailable ? kUnavailable : kBadRequest, status.message());
+}
+
+void require_memory(const std::string& what, double bytes) {
+  const auto available = static_cast<double>(reference::available_bytes());
+  if (bytes > available - available / 32)
+    throw Failure(kUnavailable, fmt::format("{} needs {} of memory, {} are available", what, bytes_text(bytes), bytes_text(available)));
+}
+
+double tensor_bytes(const Problem& p, double gaps) {
+  const double element = p.dtype == DataType::kFloat32 ? 4 : 2, copies = p.pass == Pass::kForward ? 1 : 2;
+  const double batch = static_cast<double>(p.batch), d = element * static_cast<double>(p.head_dim) + gaps;
+  const double dv = element * static_cast<double>(p.head_dim_v) + gaps;
+  const double rows = static_cast<double>(p.num_heads_q) * (p.packed ? static_cast<double>(p.total_q) : batch * p.seqlen_q);
+  const double keys = static_cast<double>(p.num_heads_kv) * (p.packed ? static_cast<double>(p.total_k) : batch * p.seqlen_k);
+  return copies * (rows * (d + dv + 4) + keys * (d + dv));
+}
+
+double trial_bytes(const Problem& problem, const Device& device, reference::Layout layout) {
+  const bool gaps = layout == reference::Layout::kGaps || layout == reference::Layout::kPermuted, on_host = device.type == DeviceType::kCpu;
+  const auto workspace = static_cast<double>(require(Plan::make(problem, device)).workspace_bytes());
+  return (on_host ? 2 : 1) * (tensor_bytes(problem, gaps ? 32 : 0) + workspace);
 }
 
 void DeviceOptions::add_to(CLI::App* command) {

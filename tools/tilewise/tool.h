@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "reference/trial.h"
 #include "tilewise/explain.hpp"
 #include "tilewise/tilewise.hpp"
 
@@ -32,6 +33,14 @@ T require(Result<T> result) {
   require(result.status());
   return std::move(*result);
 }
+
+// Refuses what would not fit, before any of it is taken: one allocation after the other may succeed, and their first use
+// end the process. `what` needs so many bytes of host memory.
+void require_memory(const std::string& what, double bytes);
+// Of the tensors that a pass reads and writes, lse among them; gaps: bytes after each of their rows.
+double tensor_bytes(const Problem& problem, double gaps = 0);
+// Of a reference::Trial: the tensors on the host and, where that is the same memory, on the device, and its workspace.
+double trial_bytes(const Problem& problem, const Device& device, reference::Layout layout = reference::Layout::kBshd);
 
 // --device and --threads.
 struct DeviceOptions {

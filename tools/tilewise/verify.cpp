@@ -5,6 +5,7 @@
 #include <cmath>
 #include <map>
 
+#include "reference/attention.h"
 #include "reference/trial.h"
 #include "tool.h"
 
@@ -14,10 +15,15 @@ namespace {
 struct VerifyOptions {
   std::vector<std::string> problems;
   int64_t fuzz = 0;
+  bool insist = false;
   uint64_t seed = 0;
   std::string layout = "bshd";
   DeviceOptions device;
 };
+
+// Of one thread for each pair and dimension, thrice that backward; measured on an EPYC 9755: 0.7 and 0.8 ns.
+constexpr double kSecondsPerProduct = 1e-9;
+constexpr double kMostSeconds = 600;
 
 struct Case {
   Problem problem;
@@ -46,6 +52,23 @@ std::string repeat_line(const Case& c, const VerifyOptions& options) {
   return reference::verify_line(c.problem, c.seed, c.layout) + options.device.to_string();
 }
 
+// Float64 takes time in proportion to the square of the length, and memory for every output.
+void check_size(const Case& c, const Device& device, bool insisted) {
+  const Problem& p = c.problem;
+  const std::string name = "'" + p.to_string() + "'";
+  // Beside the trial: a copy of it, and float64 values, noise and errors of each output.
+  constexpr double kFloat64 = 3 * 8;
+  require_memory("verifying " + name, 1.5 * trial_bytes(p, device, c.layout) +
+                                          kFloat64 / static_cast<double>(reference::element_bytes(p.dtype)) * tensor_bytes(p) / 2);
+  const double keys = static_cast<double>(p.packed ? std::min(p.seqlen_k, p.total_k) : p.seqlen_k);
+  const double rows =
+      static_cast<double>(p.num_heads_q) * (p.packed ? static_cast<double>(p.total_q) : static_cast<double>(p.batch) * p.seqlen_q);
+  const double products = rows * keys * static_cast<double>(p.head_dim + p.head_dim_v) * (p.pass == Pass::kForward ? 1 : 3);
+  const double seconds = products * kSecondsPerProduct / Device::cpu().units;
+  if (seconds > kMostSeconds && !insisted)
+    throw Failure(kBadRequest, fmt::format("{} would take float64 about {:.0f} minutes; --long does it all the same", name, seconds / 60));
+}
+
 // A problem that no kernel takes is counted where problems are drawn, and ends the command where one was asked for.
 void verify(const VerifyOptions& options) {
   const Device device = options.device.open();
@@ -57,6 +80,8 @@ void verify(const VerifyOptions& options) {
     cases.push_back({reference::random_problem(seed), seed, reference::random_layout(seed)});
   }
   if (cases.empty()) throw Failure(kBadRequest, "verify needs a PROBLEM, an @file or --fuzz N");
+
+  for (size_t n = 0; n + static_cast<size_t>(options.fuzz) < cases.size(); ++n) check_size(cases[n], device, options.insist);
 
   Progress progress;
   int64_t failed = 0, refused = 0;
@@ -102,6 +127,7 @@ void add_verify(CLI::App* app) {
   command->add_option("--fuzz", options->fuzz, "so many problems, drawn from seed, seed + 1, ...")
       ->type_name("N")
       ->check(CLI::Range(0, 100'000'000).description(""));
+  command->add_flag("--long", options->insist, "also what takes float64 more than ten minutes");
   command->add_option("--seed", options->seed, "of the data")->type_name("N")->capture_default_str();
   command->add_option("--layout", options->layout, "strides of the tensors: bshd, bhsd, gaps or permuted")
       ->type_name("NAME")
