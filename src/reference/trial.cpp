@@ -1,91 +1,17 @@
-// Every tensor lives twice: a host mirror with the same margins and gaps, which float64 and standard attention read, and
-// the device's copy. Bytes that no element owns hold NaN in both and are compared after the run.
+// Draws a problem's data and places it: layouts, lengths, margins and poison.
 #include "reference/trial.h"
 
-#include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <numbers>
-#include <span>
 
 #include "core/mask.h"
-#include "core/sequence.h"
-#include "reference/attention.h"
-#include "reference/standard.h"
+#include "reference/random.h"
+#include "reference/trial_state.h"
 
 namespace tilewise::reference {
 namespace {
-
-constexpr int64_t kMarginBytes = 256;
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// Quiet NaNs that no arithmetic makes: what an output holds before it is written, and what surrounds every tensor.
-constexpr uint32_t kUnwritten32 = 0x7fe5a5a5, kPoison32 = 0x7fd3b3b3;
-constexpr uint16_t kUnwritten16 = 0x7fe5, kPoison16 = 0x7fd3;  // NaN as bfloat16 and as float16
-
-// Random numbers by position, so that they do not depend on the order of drawing.
-uint64_t hash(uint64_t x) {
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
-double uniform(uint64_t seed, uint64_t index) { return static_cast<double>(hash(seed + hash(index)) >> 11) * 0x1p-53; }
-float normal(uint64_t seed, uint64_t index) {
-  const uint64_t bits = hash(seed + hash(index));
-  const float radius = static_cast<float>((bits >> 40) + 1) * 0x1p-24f, angle = static_cast<float>(bits & 0xffffff) * 0x1p-24f;
-  return std::sqrt(-2 * std::log(radius)) * std::cos(2 * std::numbers::pi_v<float> * angle);
-}
-// The same, drawn one after the other.
-struct Random {
-  uint64_t seed, count = 0;
-  double next() { return uniform(seed, count++); }
-  int64_t integer(int64_t low, int64_t high) { return low + static_cast<int64_t>(next() * static_cast<double>(high - low + 1)); }
-  bool chance(double probability) { return next() < probability; }
-};
-
-template <class F>  // f(index along the shape, element offset), rows of the last dimension in parallel
-void for_each_element(const TensorView& view, const F& f) {
-  int64_t rows = 1;
-  for (int d = 0; d + 1 < view.rank; ++d) rows *= view.shape[d];
-  const int64_t width = view.shape[view.rank - 1];
-#pragma omp parallel for if (rows * width > 1 << 16)
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t offset = 0, rest = row;
-    for (int d = view.rank - 2; d >= 0; --d) offset += rest % view.shape[d] * view.stride[d], rest /= view.shape[d];
-    for (int64_t x = 0; x < width; ++x) f(row * width + x, offset + x);
-  }
-}
-
-int64_t count_of(const TensorView& view) {
-  int64_t count = 1;
-  for (int d = 0; d < view.rank; ++d) count *= view.shape[d];
-  return count;
-}
-
-// One tensor of the trial: where an Arguments keeps it, its mirror and the device's memory.
-struct Tensor {
-  std::string name;
-  TensorView Arguments::*member;
-  bool output;
-  TensorView host;  // into mirror
-  std::vector<std::byte> mirror;
-  Buffer buffer;
-
-  int64_t offset_bytes() const { return static_cast<std::byte*>(host.data) - mirror.data(); }
-  void fill_elements(uint32_t bits32, uint16_t bits16) {
-    for_each_element(host, [&](int64_t, int64_t at) {
-      if (element_bytes(host.dtype) == 4)
-        static_cast<uint32_t*>(host.data)[at] = bits32;
-      else
-        static_cast<uint16_t*>(host.data)[at] = bits16;
-    });
-  }
-};
 
 struct Dims {
   int64_t batch, seqlen, heads, dim;
@@ -133,58 +59,6 @@ std::vector<int32_t> draw_lengths(Random* random, int64_t batch, int64_t longest
   return lengths;
 }
 
-// The bounds that trial.h states. The floor decides for short rows, where standard attention may be exact by chance (one key:
-// p = 1); for long rows it is far below twice the standard error.
-constexpr double kFloorMax = 16, kFloorMean = 6, kFloorMeanAlone = 8;
-constexpr double kFrobenius32 = 2e-6, kModerateLse = 12;
-
-double unit_roundoff(DataType dtype) { return dtype == DataType::kFloat32 ? 0x1p-24 : dtype == DataType::kBFloat16 ? 0x1p-8 : 0x1p-11; }
-
-struct Errors {
-  double max = 0, mean = 0, mean_signed = 0, rel_frobenius = 0;
-  double noise_max = 0, noise_mean = 0;
-  int64_t misplaced = -1, misplaced_count = 0;  // first element that is NaN or infinite where it should not be, or not where it should
-};
-
-// Elements that counted(index) leaves out are not judged.
-template <class F>
-Errors errors_of(const TensorView& got, const std::vector<double>& expected, const std::vector<double>& noise, const F& counted) {
-  const int64_t count = count_of(got);
-  std::vector<double> values(count);
-  for_each_element(got, [&](int64_t index, int64_t at) { values[index] = read_element(got.data, got.dtype, at); });
-  const double overflow = got.dtype == DataType::kFloat16 ? 65520 : std::ldexp(1.0, 128);
-  Errors e;
-  double squares = 0, squares_expected = 0;
-  int64_t judged = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    if (!counted(n)) continue;
-    const double want = std::abs(expected[n]) >= overflow ? std::copysign(INFINITY, expected[n]) : expected[n];
-    if (!std::isfinite(want) || !std::isfinite(values[n])) {
-      const bool same = std::isnan(want) ? std::isnan(values[n]) : want == values[n];
-      if (!same && e.misplaced_count++ == 0) e.misplaced = n;
-      continue;
-    }
-    const double error = values[n] - want;
-    e.max = std::max(e.max, std::abs(error));
-    e.mean += std::abs(error);
-    e.mean_signed += error;
-    squares += error * error, squares_expected += want * want;
-    e.noise_max = std::max(e.noise_max, noise[n]);
-    e.noise_mean += noise[n];
-    ++judged;
-  }
-  if (judged == 0) return e;
-  e.mean /= judged, e.mean_signed /= judged, e.noise_mean /= judged;
-  e.rel_frobenius = squares_expected > 0 ? std::sqrt(squares / squares_expected) : std::sqrt(squares);
-  return e;
-}
-
-std::string number(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.3g", value);
-  return text;
-}
-
 }  // namespace
 
 std::string_view layout_name(Layout layout) {
@@ -206,46 +80,6 @@ Result<Layout> parse_layout(std::string_view name) {
     if (name == layout_name(layout)) return layout;
   return invalid_argument("layout '" + std::string(name) + "' is none of bshd, bhsd, gaps and permuted");
 }
-
-struct Trial::State {
-  Plan plan;
-  uint64_t seed;
-  Layout layout;
-  std::vector<Tensor> tensors = {};
-  Buffer workspace = {};
-  Arguments device_arguments = {}, host_arguments = {};
-  std::vector<int32_t> lengths_q = {}, lengths_k = {}, used_k = {};  // per sequence; used_k after seqused_k
-  int64_t first_q = 0, first_k = 0;                                  // packed: row at which the sequences begin
-
-  const Problem& problem() const { return plan.problem(); }
-  Tensor& tensor(std::string_view name) {
-    return *std::find_if(tensors.begin(), tensors.end(), [&](const Tensor& t) { return t.name == name; });
-  }
-  Sequence sequence(int64_t b, bool with_seqused = true) const {
-    const Problem& p = problem();
-    Sequence s =
-        sequence_of(static_cast<int>(b), static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k),
-                    static_cast<const int*>(host_arguments.cu_seqlens_q.data), static_cast<const int*>(host_arguments.cu_seqlens_k.data),
-                    with_seqused ? static_cast<const int*>(host_arguments.seqused_k.data) : nullptr);
-    if (!p.packed) s.q_row = b * p.seqlen_q, s.k_row = b * p.seqlen_k;
-    return s;
-  }
-
-  // shape with its strides; margins and gaps poisoned. Elements are undefined.
-  Status add(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape,
-             std::vector<int64_t> stride, int64_t extent);
-  Status add_rows(std::string name, TensorView Arguments::*member, bool output, bool keys, int64_t heads, int64_t dim);
-  Status add_small(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape);
-  void draw(std::string_view name, double scale = 1);
-  void draw_sequences();
-  std::vector<char> keys_in_use() const;              // per row of k and v: at least one query sees it
-  std::vector<char> rows_in_use(bool of_keys) const;  // per row of q and o, or of k and v: it belongs to a sequence
-  // f(tensor, index) of an element of a tensor of rows: whether it belongs to a sequence. True for all other tensors.
-  auto ownership() const;
-  void poison_unused_rows();
-  Status make_forward_results();
-  Result<Report> compare();
-};
 
 Status Trial::State::add(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape,
                          std::vector<int64_t> stride, int64_t extent) {
@@ -346,21 +180,21 @@ std::vector<char> Trial::State::rows_in_use(bool of_keys) const {
   return used;
 }
 
-auto Trial::State::ownership() const {
-  return [packed = problem().packed, rows_q = rows_in_use(false), rows_k = rows_in_use(true)](const Tensor& t, int64_t index) {
-    const auto is_one_of = [&](std::initializer_list<std::string_view> names) { return std::ranges::find(names, t.name) != names.end(); };
-    if (!packed) return true;
-    const int64_t per_row = t.host.shape[1] * t.host.shape[2];
-    if (is_one_of({"q", "o", "do", "dq"})) return rows_q[index / per_row] != 0;
-    if (is_one_of({"k", "v", "dk", "dv"})) return rows_k[index / per_row] != 0;
-    if (is_one_of({"lse", "dlse"})) return rows_q[index % t.host.shape[1]] != 0;
-    return true;
-  };
+Ownership Trial::State::ownership() const { return {problem().packed, rows_in_use(false), rows_in_use(true)}; }
+
+bool Ownership::operator()(const Tensor& t, int64_t index) const {
+  const auto is_one_of = [&](std::initializer_list<std::string_view> names) { return std::ranges::find(names, t.name) != names.end(); };
+  if (!packed) return true;
+  const int64_t per_row = t.host.shape[1] * t.host.shape[2];
+  if (is_one_of({"q", "o", "do", "dq"})) return rows_q[index / per_row] != 0;
+  if (is_one_of({"k", "v", "dk", "dv"})) return rows_k[index / per_row] != 0;
+  if (is_one_of({"lse", "dlse"})) return rows_q[index % t.host.shape[1]] != 0;
+  return true;
 }
 
 void Trial::State::poison_unused_rows() {
   const std::vector<char> used = keys_in_use();
-  const auto owned = ownership();
+  const Ownership owned = ownership();
   for (Tensor& t : tensors) {
     const bool keys = t.name == "k" || t.name == "v";
     if (!keys && t.name != "q" && t.name != "do" && t.name != "dlse") continue;
@@ -513,137 +347,6 @@ Status Trial::download() {
   return {};
 }
 
-Result<Report> Trial::compare() { return state_->compare(); }
-
-Result<Report> Trial::State::compare() {
-  const Problem& p = problem();
-  Report report;
-  const auto fail = [&](TensorReport* tensor, std::string reason) {
-    tensor->pass = report.pass = false;
-    if (tensor->reason.empty()) tensor->reason = reason;
-    if (report.first_failure.empty()) report.first_failure = tensor->name + ": " + reason;
-  };
-
-  // What the device holds now; bytes that it should not have touched.
-  const auto owned = ownership();
-  for (Tensor& t : tensors) {
-    std::vector<std::byte> now(t.mirror.size());
-    if (Status status = t.buffer.copy_to_host(now.data(), now.size()); !status.ok()) return status;
-    TensorReport tensor_report;
-    tensor_report.name = t.name;
-    if (t.output) {
-      TensorView written = t.host;
-      written.data = now.data() + t.offset_bytes();
-      std::vector<std::byte> kept = now;
-      const int64_t bytes = element_bytes(t.host.dtype);
-      int64_t unwritten = 0, strayed = 0;
-      t.fill_elements(kUnwritten32, kUnwritten16);
-      for_each_element(written, [&](int64_t index, int64_t at) {
-        std::byte* element = static_cast<std::byte*>(written.data) + at * bytes;
-        const std::byte* before = static_cast<std::byte*>(t.host.data) + at * bytes;
-        const bool kept_value = std::memcmp(element, before, bytes) == 0, must_be_written = owned(t, index);
-        if (kept_value == must_be_written) {
-          int64_t& count = kept_value ? unwritten : strayed;
-#pragma omp atomic
-          ++count;
-        }
-        std::memcpy(element, before, bytes);
-      });
-      if (unwritten)
-        fail(&tensor_report, std::to_string(unwritten) + " of " + std::to_string(count_of(t.host)) + " elements are not written");
-      if (strayed) fail(&tensor_report, std::to_string(strayed) + " elements of rows that belong to no sequence are written");
-      if (now != t.mirror) fail(&tensor_report, "memory around it is written");
-      t.mirror = std::move(kept);
-      t.host.data = t.mirror.data() + (static_cast<std::byte*>(written.data) - now.data());
-      host_arguments.*t.member = t.host;
-      report.tensors.push_back(std::move(tensor_report));
-    } else if (now != t.mirror) {
-      fail(&tensor_report, "an input is written");
-    }
-  }
-  std::vector<std::byte> margins(workspace.size());
-  if (Status status = workspace.copy_to_host(margins.data(), margins.size()); !status.ok()) return status;
-  const auto intact = [](std::span<const std::byte> bytes) {
-    return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0xff}; });
-  };
-  if (!intact({margins.data(), kMarginBytes}) || !intact({margins.data() + margins.size() - kMarginBytes, kMarginBytes})) {
-    TensorReport tensor_report;
-    tensor_report.name = "workspace";
-    fail(&tensor_report, "memory around it is written");
-  }
-
-  Outputs noise;
-  const Outputs exact = attention(p, host_arguments, &noise);
-
-  // Standard attention multiplies unseen keys by 0: it gets copies in which they are 0.
-  std::vector<std::vector<std::byte>> copies;
-  const auto contiguous_copy = [&](const Tensor& t) {
-    copies.emplace_back(std::max<int64_t>(count_of(t.host) * element_bytes(t.host.dtype), 1));
-    TensorView copy = t.host;
-    copy.data = copies.back().data();
-    int64_t pitch = 1;
-    for (int d = copy.rank - 1; d >= 0; --d) copy.stride[d] = pitch, pitch *= copy.shape[d];
-    return copy;
-  };
-  Arguments standard_arguments = host_arguments;
-  const std::vector<char> keys = keys_in_use();
-  for (Tensor& t : tensors) {
-    if (t.name == "k" || t.name == "v") {
-      const TensorView copy = contiguous_copy(t);
-      const int64_t per_row = count_of(copy) / std::max<int64_t>(static_cast<int64_t>(keys.size()), 1);
-      for_each_element(t.host, [&](int64_t index, int64_t at) {
-        write_element(copy.data, copy.dtype, index, keys[index / per_row] ? read_element(t.host.data, t.host.dtype, at) : 0.0f);
-      });
-      standard_arguments.*t.member = copy;
-    } else if (t.output || t.name == "o" || t.name == "lse") {
-      standard_arguments.*t.member = contiguous_copy(t);
-    }
-  }
-  Result<Standard> standard = Standard::make(p);
-  const bool has_standard = standard.ok();
-  if (has_standard) {
-    if (Status status = standard->forward(standard_arguments); !status.ok()) return status;
-    if (p.pass == Pass::kBackward)
-      if (Status status = standard->backward(standard_arguments); !status.ok()) return status;
-  }
-
-  const auto values_of = [](const Outputs& outputs, std::string_view name) -> const std::vector<double>& {
-    return name == "o"     ? outputs.o
-           : name == "lse" ? outputs.lse
-           : name == "dq"  ? outputs.dq
-           : name == "dk"  ? outputs.dk
-           : name == "dv"  ? outputs.dv
-                           : outputs.dsink;
-  };
-  const bool moderate = std::ranges::all_of(exact.lse, [](double lse) { return !std::isfinite(lse) || std::abs(lse) <= kModerateLse; });
-  for (TensorReport& r : report.tensors) {
-    const Tensor& t = tensor(r.name);
-    const auto counted = [&](int64_t index) { return owned(t, index); };
-    const std::vector<double>&expected = values_of(exact, r.name), &noises = values_of(noise, r.name);
-    const Errors e = errors_of(t.host, expected, noises, counted);
-    r.max = e.max, r.mean = e.mean, r.mean_signed = e.mean_signed, r.rel_frobenius = e.rel_frobenius;
-    r.standard_max = r.standard_mean = kNaN;
-    if (e.misplaced_count > 0)
-      fail(&r, std::to_string(e.misplaced_count) + " elements are not finite or should not be, the first at " +
-                   std::to_string(e.misplaced) + " where float64 has " + number(expected[e.misplaced]));
-    const double floor = unit_roundoff(r.name == "lse" ? DataType::kFloat32 : p.dtype);
-    if (has_standard) {
-      const Errors standard_errors = errors_of(standard_arguments.*t.member, expected, noises, counted);
-      r.standard_max = standard_errors.max, r.standard_mean = standard_errors.mean;
-      const double max_bound = 2 * r.standard_max + kFloorMax * floor * e.noise_max;
-      const double mean_bound = 2 * r.standard_mean + kFloorMean * floor * e.noise_mean;
-      if (!(e.max <= max_bound)) fail(&r, "max error " + number(e.max) + " is above " + number(max_bound));
-      if (!(e.mean <= mean_bound)) fail(&r, "mean error " + number(e.mean) + " is above " + number(mean_bound));
-    } else {
-      const double bound = kFloorMeanAlone * floor * e.noise_mean;
-      if (!(e.mean <= bound)) fail(&r, "mean error " + number(e.mean) + " is above " + number(bound));
-    }
-    if (p.dtype == DataType::kFloat32 && moderate && (r.name == "o" || r.name == "dv") && !(e.rel_frobenius < kFrobenius32))
-      fail(&r, "relative Frobenius error " + number(e.rel_frobenius) + " is not below " + number(kFrobenius32));
-  }
-  return report;
-}
-
 Result<Report> verify(const Problem& problem, const Device& device, uint64_t seed, Layout layout) {
   Result<Trial> trial = Trial::make(problem, device, seed, layout);
   if (!trial) return trial.status();
@@ -655,64 +358,6 @@ std::string verify_line(const Problem& problem, uint64_t seed, Layout layout) {
   const char* kernel = std::getenv("TILEWISE_KERNEL");
   return (kernel ? "TILEWISE_KERNEL=" + std::string(kernel) + " " : "") + "tilewise verify \"" + problem.to_string() + "\" --seed " +
          std::to_string(seed) + " --layout " + std::string(layout_name(layout));
-}
-
-Layout random_layout(uint64_t seed) { return static_cast<Layout>(hash(seed ^ 0x1a1) % 4); }
-
-Problem random_problem(uint64_t seed, const FuzzLimits& limits) {
-  Random random{hash(seed ^ 0xf022)};
-  const auto small = [&](int64_t low, int64_t high, double power) {  // weighted to the low end
-    return low + static_cast<int64_t>(std::pow(random.next(), power) * static_cast<double>(high - low + 1));
-  };
-  Problem p;
-  p.pass = limits.backward && random.chance(0.5) ? Pass::kBackward : Pass::kForward;
-  p.dtype = std::array{DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}[random.integer(0, 2)];
-  constexpr std::array<int64_t, 7> kUsualDims{16, 32, 64, 80, 96, 128, 256};
-  const auto draw_dim = [&] {
-    const int64_t dim = random.chance(0.4) ? kUsualDims[random.integer(0, 6)] : small(1, limits.max_head_dim, 3);
-    return std::min(dim, limits.max_head_dim);
-  };
-  p.head_dim = draw_dim();
-  p.head_dim_v = random.chance(0.7) ? p.head_dim : draw_dim();
-  p.num_heads_kv = small(1, 3, 2);
-  p.num_heads_q = p.num_heads_kv * (random.chance(0.5) ? 1 : small(1, 6, 1.5));
-  p.batch = small(1, 4, 2);
-  const double pairs = limits.max_products / static_cast<double>(p.batch * p.num_heads_q * std::max(p.head_dim, p.head_dim_v));
-  const double side = std::sqrt(std::max(pairs, 1.0)), aspect = random.chance(0.4) ? 1 : std::exp2(8 * random.next() - 4);
-  const auto draw_seqlen = [&](double bound) {
-    const int64_t high = std::clamp<int64_t>(static_cast<int64_t>(bound), 1, limits.max_seqlen);
-    return random.chance(0.3) ? high : random.integer(1, high);
-  };
-  if (random.chance(0.3)) {
-    p.seqlen_q = p.seqlen_k = draw_seqlen(side);
-  } else {
-    p.seqlen_q = draw_seqlen(side * aspect);
-    p.seqlen_k = draw_seqlen(side / aspect);
-  }
-  if (random.chance(0.02)) p.seqlen_k = 0;
-
-  const double mask = random.next();
-  if (mask < 0.35) p.window_right = 0;
-  if (mask >= 0.3 && mask < 0.6) {
-    const int64_t reach = std::max(p.seqlen_q, p.seqlen_k);
-    if (random.chance(0.8)) p.window_left = small(0, reach, 2);
-    if (mask >= 0.35 && random.chance(0.8)) p.window_right = small(0, reach, 2);
-  }
-  if (random.chance(0.4)) p.alignment = Alignment::kTopLeft;
-  if (random.chance(0.35)) {
-    p.packed = true;
-    const int64_t most_q = p.batch * p.seqlen_q, most_k = p.batch * p.seqlen_k;
-    if (random.chance(0.5)) p.batch = random.integer(p.batch, 12);
-    p.total_q = random.chance(0.1) ? most_q : random.integer(0, most_q);
-    p.total_k = random.chance(0.1) ? most_k : random.integer(0, most_k);
-  }
-  p.seqused_k = random.chance(0.2);
-  if (random.chance(0.15)) p.softmax_scale = static_cast<float>(2 * random.next() - 1) / std::sqrt(static_cast<float>(p.head_dim));
-  if (random.chance(0.15)) p.softcap = static_cast<float>(std::exp2(8 * random.next() - 2));
-  p.alibi = random.chance(0.15);
-  p.sink = random.chance(0.15);
-  p.deterministic = random.chance(0.1);
-  return p;
 }
 
 }  // namespace tilewise::reference
