@@ -234,6 +234,32 @@ TEST_F(Tool, ProgressOnATerminalChangesNoBit) {
   EXPECT_TRUE(contents(file("plain")) == contents(file("watched")));
 }
 
+// One head of one sequence, and packed sequences that share one head: neither batch nor heads can be cut.
+TEST_F(Tool, ProgressIsShownOnATerminal) {
+  if (shell("script --version").code != 0) GTEST_SKIP() << "no script(1) to make a terminal with";
+  Tensors one = dense(DataType::kFloat32, 1, 20000, 20000, 1, 1, 128, 128), packed;
+  packed.draw("q", DataType::kFloat32, {12 * 1500, 8, 128});
+  for (const char* name : {"k", "v"}) packed.draw(name, DataType::kFloat32, {12 * 1500, 1, 128});
+  std::vector<int32_t> starts;
+  for (int32_t n = 0; n <= 12; ++n) starts.push_back(1500 * n);
+  packed.integers("cu_seqlens_q", starts), packed.integers("cu_seqlens_k", starts);
+  for (const Tensors* t : {&one, &packed}) {
+    t->write(file("in"));
+    const std::string command = t == &one ? " attend in -o out --threads 1 --causal" : " attend in -o out --threads 1";
+    const Outcome run = shell("script -qec '" TW_TOOL + command + "' typescript");
+    ASSERT_EQ(run.code, 0) << run.out;
+    std::vector<int> shares;
+    for (size_t at = 0; (at = run.out.find("\rforward ", at)) != run.out.npos;) {
+      at += std::strlen("\rforward ");
+      shares.push_back(std::atoi(run.out.c_str() + at));
+    }
+    ASSERT_GE(shares.size(), 3u) << run.out;
+    EXPECT_TRUE(std::is_sorted(shares.begin(), shares.end())) << run.out;
+    EXPECT_GT(shares.back(), 50) << run.out;
+    EXPECT_LE(shares.back(), 100) << run.out;
+  }
+}
+
 TEST_F(Tool, AttendRefusesBadInputsAndWritesNothing) {
   const auto refuse = [&](const Tensors& t, const std::string& sentence, const std::string& options = "") {
     t.write(file("in"));

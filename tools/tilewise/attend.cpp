@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "files.h"
+#include "parts.h"
 #include "safetensors.h"
 #include "tilewise/memory.hpp"
 #include "tool.h"
@@ -43,14 +44,6 @@ TensorView contiguous(void* data, DataType dtype, const Shape& shape) {
   TensorView view{.data = data, .dtype = dtype, .rank = static_cast<int>(shape.size())};
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) view.shape[d] = shape[d], view.stride[d] = stride, stride *= shape[d];
-  return view;
-}
-
-// The part [begin, begin + count) of one dimension.
-TensorView slice(TensorView view, int dimension, int64_t begin, int64_t count) {
-  if (!view) return view;
-  view.data = static_cast<char*>(view.data) + begin * view.stride[dimension] * static_cast<int64_t>(element_bytes(view.dtype));
-  view.shape[dimension] = count;
   return view;
 }
 
@@ -187,52 +180,31 @@ Problem describe(const Input& input, const AttendOptions& options) {
   return problem;
 }
 
-// The part of the arguments that belongs to sequences [b, b + batch) and key/value heads [g, g + heads).
-Arguments part_of(const Arguments& all, const Problem& whole, int64_t b, int64_t batch, int64_t g, int64_t heads) {
-  const int64_t group = whole.num_heads_q / whole.num_heads_kv;
-  const int head_dimension = whole.packed ? 1 : 2, lse_dimension = whole.packed ? 0 : 1;
-  Arguments part = all;
-  for (TensorView* view : {&part.q, &part.o, &part.do_, &part.dq}) *view = slice(*view, head_dimension, g * group, heads * group);
-  for (TensorView* view : {&part.k, &part.v, &part.dk, &part.dv}) *view = slice(*view, head_dimension, g, heads);
-  for (TensorView* view : {&part.lse, &part.dlse}) *view = slice(*view, lse_dimension, g * group, heads * group);
-  for (TensorView* view : {&part.alibi_slopes, &part.sink, &part.dsink}) *view = slice(*view, view->rank - 1, g * group, heads * group);
-  if (whole.packed) return part;
-  for (TensorView* view :
-       {&part.q, &part.k, &part.v, &part.o, &part.do_, &part.dq, &part.dk, &part.dv, &part.lse, &part.dlse, &part.seqused_k})
-    *view = slice(*view, 0, b, batch);
-  if (part.alibi_slopes.rank == 2) part.alibi_slopes = slice(part.alibi_slopes, 0, b, batch);
-  return part;
-}
-
-// Runs the problem. Long work on a CPU that somebody watches is cut into parts that do not depend on each other, so
-// that there is progress to show: no row's result depends on what else is in the batch. Returns the kernel's name.
+// Runs the problem. Long work on a CPU that somebody watches is cut into parts. Returns the kernel's name.
 std::string run(const Problem& problem, const Device& device, const Arguments& arguments, const char* what) {
-  constexpr double kLongFlops = 1e10;
-  constexpr int64_t kParts = 100;
+  constexpr double kPartFlops = 1e9;  // of a thread: less is not worth a start and an end
   Progress progress;
-  const bool cut = progress.visible() && device.type == DeviceType::kCpu && require(explain(problem, device)).flops > kLongFlops;
-  // dsink sums over the batch, and packed sequences share one tensor: there only heads are cut.
-  const int64_t batch_parts = cut && !problem.packed && !arguments.dsink ? std::min(problem.batch, kParts) : 1;
-  const int64_t head_parts = cut ? std::min(problem.num_heads_kv, (kParts + batch_parts - 1) / batch_parts) : 1;
-  const Plan whole = require(Plan::make(problem, device));
+  int64_t count = 1;
+  if (progress.visible() && device.type == DeviceType::kCpu)
+    count = static_cast<int64_t>(std::clamp(require(explain(problem, device)).flops / (kPartFlops * device.units), 1.0, 100.0));
+  const std::vector<Part> parts = cut(problem, arguments, count);
+  std::vector<double> flops;
+  double all = 0, done = 0;
+  for (const Part& part : parts) all += flops.emplace_back(parts.size() == 1 ? 1 : require(explain(part.problem, device)).flops);
   Buffer workspace;
-  for (int64_t n = 0; n < batch_parts * head_parts; ++n) {
-    const int64_t i = n / head_parts, j = n % head_parts;
-    const int64_t b = problem.batch * i / batch_parts, b_end = problem.batch * (i + 1) / batch_parts;
-    const int64_t g = problem.num_heads_kv * j / head_parts, g_end = problem.num_heads_kv * (j + 1) / head_parts;
-    Problem part = problem;
-    part.batch = b_end - b;
-    part.num_heads_kv = g_end - g;
-    part.num_heads_q = part.num_heads_kv * (problem.num_heads_q / problem.num_heads_kv);
-    const Plan plan = require(Plan::make(part, device));
+  std::string kernel;
+  for (size_t n = 0; n < parts.size(); ++n) {
+    const Plan plan = require(Plan::make(parts[n].problem, device));
     if (workspace.size() < plan.workspace_bytes()) workspace = require(Buffer::make(device, plan.workspace_bytes()));
-    Arguments part_arguments = part_of(arguments, problem, b, part.batch, g, part.num_heads_kv);
+    Arguments part_arguments = parts[n].arguments;
     part_arguments.workspace = workspace.data();
-    progress.show(what, static_cast<double>(n) / static_cast<double>(batch_parts * head_parts));
+    progress.show(what, done / std::max(all, 1.0));
     require(plan.run(part_arguments));
+    done += flops[n];
+    kernel = plan.kernel();
   }
   require(synchronize(device));
-  return std::string(whole.kernel());
+  return kernel;
 }
 
 // Of a GPU's tensors no more than the inputs or the outputs, about half of all, are on the host at a time; its own memory
