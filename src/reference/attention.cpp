@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "core/mask.h"
-#include "core/sequence.h"
+#include "reference/lookup.h"
 
 namespace tilewise::reference {
 namespace {
@@ -76,13 +76,7 @@ struct Inputs {
   int64_t dim = problem.head_dim, dim_v = problem.head_dim_v;
   int64_t heads = problem.num_heads_q, heads_kv = problem.num_heads_kv, group = heads / heads_kv;
 
-  Sequence sequence(int64_t b) const {
-    Sequence s = sequence_of(static_cast<int>(b), static_cast<int>(problem.seqlen_q), static_cast<int>(problem.seqlen_k),
-                             static_cast<const int*>(arguments.cu_seqlens_q.data), static_cast<const int*>(arguments.cu_seqlens_k.data),
-                             static_cast<const int*>(arguments.seqused_k.data));
-    if (!problem.packed) s.q_row = b * problem.seqlen_q, s.k_row = b * problem.seqlen_k;
-    return s;
-  }
+  Sequence sequence(int64_t b) const { return sequence_at(problem, arguments, b); }
   const double* q_row(int64_t row, int64_t head) const { return &q[(row * heads + head) * dim]; }
   const double* k_row(int64_t row, int64_t head) const { return &k[(row * heads_kv + head / group) * dim]; }
   const double* v_row(int64_t row, int64_t head) const { return &v[(row * heads_kv + head / group) * dim_v]; }
@@ -91,16 +85,8 @@ struct Inputs {
     return problem.packed ? head * problem.total_q + s.q_row + i : (b * heads + head) * problem.seqlen_q + i;
   }
   double dlse(const Sequence& s, int64_t b, int64_t i, int64_t head) const {
-    const TensorView& view = arguments.dlse;
-    if (!view) return 0;
-    const int64_t index = problem.packed ? head * view.stride[0] + (s.q_row + i) * view.stride[1]
-                                         : b * view.stride[0] + head * view.stride[1] + i * view.stride[2];
-    return static_cast<const float*>(view.data)[index];
-  }
-  double alibi_slope(int64_t b, int64_t head) const {
-    const TensorView& view = arguments.alibi_slopes;
-    if (!view) return 0;
-    return static_cast<const float*>(view.data)[view.rank == 2 ? b * view.stride[0] + head * view.stride[1] : head * view.stride[0]];
+    const float* value = lse_at(arguments.dlse, s, b, head, i);
+    return value ? *value : 0;
   }
   double sink(int64_t head) const {
     const TensorView& view = arguments.sink;
@@ -117,7 +103,7 @@ struct Inputs {
   }
 
   void compute_row(const Sequence& s, const Band& band, int64_t b, int i, int64_t head, Row* row) const {
-    const double scale = problem.scale(), softcap = problem.softcap, slope = alibi_slope(b, head), logit = sink(head);
+    const double scale = problem.scale(), softcap = problem.softcap, slope = alibi_slope(arguments, b, head), logit = sink(head);
     row->keys.clear(), row->scores.clear(), row->slopes.clear();
     double maximum = logit;
     bool nan = std::isnan(logit) || logit == kInfinity;  // as in softmax: inf - inf

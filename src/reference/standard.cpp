@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "core/mask.h"
-#include "core/sequence.h"
 #include "reference/attention.h"
+#include "reference/lookup.h"
 
 namespace tilewise::reference {
 namespace {
@@ -258,10 +258,7 @@ struct Standard::State {
   };
   Item item(const Arguments& a, int64_t index, int64_t heads_of_items, int64_t runs, bool of_keys) const {
     const int64_t b = index / runs / heads_of_items, head = index / runs % heads_of_items, run = index % runs;
-    Sequence s = sequence_of(static_cast<int>(b), static_cast<int>(problem.seqlen_q), static_cast<int>(problem.seqlen_k),
-                             static_cast<const int*>(a.cu_seqlens_q.data), static_cast<const int*>(a.cu_seqlens_k.data),
-                             static_cast<const int*>(a.seqused_k.data));
-    if (!problem.packed) s.q_row = b * problem.seqlen_q, s.k_row = b * problem.seqlen_k;
+    const Sequence s = sequence_at(problem, a, b);
     const Band band =
         make_band(s.seqlen_q, s.seqlen_k, problem.window_left, problem.window_right, problem.alignment == Alignment::kTopLeft);
     const int64_t rows = of_keys ? s.seqlen_k : s.seqlen_q;
@@ -304,19 +301,6 @@ struct Standard::State {
   }
 };
 
-namespace {
-float slope_of(const Arguments& a, int64_t b, int64_t head) {
-  const TensorView& view = a.alibi_slopes;
-  if (!view) return 0;
-  return static_cast<const float*>(view.data)[view.rank == 2 ? b * view.stride[0] + head * view.stride[1] : head * view.stride[0]];
-}
-float* lse_at(const TensorView& view, bool packed, int64_t b, int64_t head, const Sequence& s, int64_t i) {
-  if (!view) return nullptr;
-  return static_cast<float*>(view.data) + (packed ? head * view.stride[0] + (s.q_row + i) * view.stride[1]
-                                                  : b * view.stride[0] + head * view.stride[1] + i * view.stride[2]);
-}
-}  // namespace
-
 template <class E>
 Rows Standard::State::floats_of(void* matrix, int64_t offset, int64_t stride, int64_t begin, int64_t end, int64_t left, int64_t width) {
   auto* stored = static_cast<typename E::Bits*>(matrix) + offset;
@@ -341,7 +325,7 @@ void Standard::State::forward_item(const Arguments& a, const Item& it) {
   using Bits = typename E::Bits;
   constexpr bool kDirect = std::is_same_v<E, Float32>;
   const int64_t keys = it.s.seqlen_k, offset = matrix_offset(it, it.head), block = kDirect ? it.end - it.begin : kBlockRows;
-  const float softcap = problem.softcap, slope = slope_of(a, it.b, it.head);
+  const float softcap = problem.softcap, slope = alibi_slope(a, it.b, it.head);
   const int64_t kv_head = it.head / group();
   Bits* matrix = static_cast<Bits*>(p.get()) + offset;
   Bits* kept_tanh = tanh ? static_cast<Bits*>(tanh.get()) + offset : nullptr;
@@ -389,7 +373,7 @@ void Standard::State::forward_item(const Arguments& a, const Item& it) {
     bool sees_nothing = maximum == -kInfinity;
     for (int64_t j = first; sees_nothing && j < last; ++j) sees_nothing = E::load(row[j]) == -kInfinity;  // or NaN
     maximum = logit > maximum ? logit : maximum;
-    if (float* lse = lse_at(a.lse, problem.packed, it.b, it.head, it.s, i); lse && sees_nothing) *lse = maximum;
+    if (float* lse = lse_at(a.lse, it.s, it.b, it.head, i); lse && sees_nothing) *lse = maximum;
     std::fill(row, row + first, Bits{0});
     std::fill(row + last, row + keys, Bits{0});
     if (sees_nothing) {
@@ -408,7 +392,7 @@ void Standard::State::forward_item(const Arguments& a, const Item& it) {
 #pragma omp simd
       for (int64_t j = first; j < last; ++j) row[j] = E::store(e[j] * inverse);
     });
-    if (float* lse = lse_at(a.lse, problem.packed, it.b, it.head, it.s, i)) *lse = maximum + std::log(sum);
+    if (float* lse = lse_at(a.lse, it.s, it.b, it.head, i)) *lse = maximum + std::log(sum);
   }
 
   // O = P V.
@@ -450,7 +434,7 @@ void Standard::State::backward_queries(const Arguments& a, const Item& it, float
     const Bits* th = tanhs ? tanhs + i * keys : nullptr;
     Bits* row = matrix + i * keys;
     float delta = 0;
-    const float* dlse = lse_at(a.dlse, problem.packed, it.b, it.head, it.s, i);
+    const float* dlse = lse_at(a.dlse, it.s, it.b, it.head, i);
     with_vectors([&]() TW_INLINE {
       delta = dot<E>(pr, row, keys) - (dlse ? *dlse : 0);
       if (th) {
@@ -466,7 +450,7 @@ void Standard::State::backward_queries(const Arguments& a, const Item& it, float
       // The sink's probability is what the keys leave of 1; where lse was kept it is exact, else from the row itself.
       float seen = 0;
       for (int64_t j = 0; j < keys; ++j) seen += E::load(pr[j]);
-      const float* lse = lse_at(a.lse, problem.packed, it.b, it.head, it.s, i);
+      const float* lse = lse_at(a.lse, it.s, it.b, it.head, i);
       const float logit = static_cast<const float*>(a.sink.data)[it.head * a.sink.stride[0]];
       const float probability = lse ? (*lse == -kInfinity ? 0 : std::exp(logit - *lse)) : 1 - seen;
       dsink[it.head] -= probability * delta;

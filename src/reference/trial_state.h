@@ -8,8 +8,8 @@
 #include <string_view>
 #include <vector>
 
-#include "core/sequence.h"
 #include "reference/attention.h"
+#include "reference/lookup.h"
 #include "reference/trial.h"
 
 namespace tilewise::reference {
@@ -89,15 +89,7 @@ struct Trial::State {
   Tensor& tensor(std::string_view name) {
     return *std::find_if(tensors.begin(), tensors.end(), [&](const Tensor& t) { return t.name == name; });
   }
-  Sequence sequence(int64_t b, bool with_seqused = true) const {
-    const Problem& p = problem();
-    Sequence s =
-        sequence_of(static_cast<int>(b), static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k),
-                    static_cast<const int*>(host_arguments.cu_seqlens_q.data), static_cast<const int*>(host_arguments.cu_seqlens_k.data),
-                    with_seqused ? static_cast<const int*>(host_arguments.seqused_k.data) : nullptr);
-    if (!p.packed) s.q_row = b * p.seqlen_q, s.k_row = b * p.seqlen_k;
-    return s;
-  }
+  Sequence sequence(int64_t b, bool with_seqused = true) const { return sequence_at(problem(), host_arguments, b, with_seqused); }
 
   // shape with its strides; margins and gaps poisoned. Elements are undefined.
   Status add(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape,

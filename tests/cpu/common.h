@@ -81,7 +81,7 @@ struct HostTrial {
   Problem problem;
 
   explicit HostTrial(const Problem& p, uint64_t seed = 0, reference::Layout layout = reference::Layout::kBshd)
-      : trial(std::move(reference::Trial::make(p, Device::cpu(), seed, layout).value())), problem(p) {}
+      : trial(reference::Trial::make(p, Device::cpu(), seed, layout).value()), problem(p) {}
   const Arguments& arguments() const { return trial.host_arguments(); }
 
   // Backward reads o and lse: made anew from the tensors as they are now.

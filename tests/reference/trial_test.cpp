@@ -28,7 +28,7 @@ TEST(Trial, PassesTheLibrary) {
 // damage() is done to the device's memory after a good run; the report must blame `name` and say `reason`.
 void expect_found(const char* line, Layout layout, const std::function<void(const Arguments&)>& damage, const std::string& name,
                   const std::string& reason) {
-  Trial trial = std::move(Trial::make(parse(line), Device::cpu(), 2, layout).value());
+  Trial trial = Trial::make(parse(line), Device::cpu(), 2, layout).value();
   ASSERT_TRUE(trial.run().ok());
   damage(trial.arguments());
   const Report report = trial.compare().value();
@@ -87,7 +87,7 @@ TEST(Trial, FindsWritesToRowsOfNoSequence) {
   for (const char* line : {"fwd b3 q20 k30 h2 d8 fp32 packed tq40 tk50", "bwd b3 q20 k30 h2 d8 fp32 packed tq40 tk50"})
     for (uint64_t seed = 1; seed < 40; seed += 5)
       for (bool at_the_end : {false, true}) {
-        Trial trial = std::move(Trial::make(parse(line), Device::cpu(), seed).value());
+        Trial trial = Trial::make(parse(line), Device::cpu(), seed).value();
         ASSERT_TRUE(trial.run().ok());
         const Arguments& a = trial.arguments();
         const bool forward = trial.plan().problem().pass == Pass::kForward;
@@ -104,7 +104,7 @@ TEST(Trial, FindsWritesToRowsOfNoSequence) {
 }
 
 TEST(Trial, FindsWhatIsNotWritten) {
-  Trial trial = std::move(Trial::make(parse("fwd b2 q40 k50 h2 d24 fp32"), Device::cpu(), 2, Layout::kGaps).value());
+  Trial trial = Trial::make(parse("fwd b2 q40 k50 h2 d24 fp32"), Device::cpu(), 2, Layout::kGaps).value();
   const Report report = trial.compare().value();
   EXPECT_FALSE(report.pass);
   EXPECT_EQ(report.first_failure, "o: 3840 of 3840 elements are not written");
@@ -113,7 +113,7 @@ TEST(Trial, FindsWhatIsNotWritten) {
 TEST(Trial, FollowsFromItsSeed) {
   const Problem p = parse("bwd b3 q20 k30 h2 d16 bf16 packed tq40 tk50 sink alibi seqused");
   const auto bytes = [&](uint64_t seed) {
-    const Trial trial = std::move(Trial::make(p, Device::cpu(), seed).value());
+    const Trial trial = Trial::make(p, Device::cpu(), seed).value();
     std::vector<uint16_t> values;
     for (const TensorView& view : {trial.arguments().q, trial.arguments().do_}) {
       const uint16_t* data = static_cast<const uint16_t*>(view.data);
@@ -127,7 +127,7 @@ TEST(Trial, FollowsFromItsSeed) {
 }
 
 TEST(Trial, DrawsNormalNumbers) {
-  const Trial trial = std::move(Trial::make(parse("fwd q1000 h4 d64 fp32"), Device::cpu(), 3).value());
+  const Trial trial = Trial::make(parse("fwd q1000 h4 d64 fp32"), Device::cpu(), 3).value();
   const float* q = static_cast<const float*>(trial.arguments().q.data);
   double sum = 0, squares = 0, fourth = 0;
   constexpr int kCount = 1000 * 4 * 64;
@@ -141,7 +141,7 @@ TEST(Trial, SequencesAreEmptyFullAndBetween) {
   const Problem p = parse("fwd b6 q20 k30 h1 d4 fp32 packed tq60 tk80 seqused");
   bool empty = false, full = false, unused = false, capped = false, before = false, after = false;
   for (uint64_t seed = 0; seed < 50; ++seed) {
-    const Trial trial = std::move(Trial::make(p, Device::cpu(), seed).value());
+    const Trial trial = Trial::make(p, Device::cpu(), seed).value();
     const Lengths lengths = trial.lengths();
     const int32_t* starts = static_cast<const int32_t*>(trial.arguments().cu_seqlens_k.data);
     int64_t total = 0;
