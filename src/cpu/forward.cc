@@ -167,7 +167,7 @@ void finish_rows(const Group& g, const ForwardTile& tile, const float* o_t, int 
     for (int i = 0; i < min_of(4, tile.count - r); ++i) {
       const QueryHead at = query_head_of_row(tile.row0 + r + i, p.group);
       const float m = tile.m[r + i], l = tile.l[r + i];
-      const bool empty = l == 0.0f;
+      const bool unseen = tile.lo[r + i] >= tile.hi[r + i], empty = unseen || l == 0.0f;
       float* row = rows + i * static_cast<ptrdiff_t>(ld);
       if (empty) memset(row, 0, static_cast<size_t>(ld) * sizeof(float));  // p = 0 has met every v, an infinity too
       with_element(p.element, [&](auto* type) {
@@ -175,7 +175,6 @@ void finish_rows(const Group& g, const ForwardTile& tile, const float* o_t, int 
         store_scaled_row(row, p.head_dim_v, empty ? 0.0f : 1.0f / l, row_of<T>(p.o, g.batch_index, g.seq.q_row + at.query, g.head(at)));
       });
       if (!p.lse.data) continue;
-      const bool unseen = tile.lo[r + i] >= tile.hi[r + i];
       float lse = empty ? -kInfinity : static_cast<float>(static_cast<double>(m) * 0.69314718055994531 + static_cast<double>(logf(l)));
       if (unseen && p.sink) lse = p.sink[g.head(at)];  // to the last bit
       p.lse.data[g.batch_index * p.lse.batch + g.head(at) * p.lse.head + g.seq.q_row + at.query] = lse;
