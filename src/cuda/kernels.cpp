@@ -41,12 +41,15 @@ std::string refuse_dim(const char* name, int64_t dim, int largest) {
   return dim > largest ? text + " is above " + std::to_string(largest) : std::string();
 }
 
-int64_t pairs_of(const Problem& p, int block_m) {
-  // A packed batch has at most one pair that is not full for each sequence.
-  const int64_t rows = p.packed ? p.total_q + p.batch * (2 * block_m) : p.seqlen_q;
-  const int64_t pairs = (rows + 2 * block_m - 1) / (2 * block_m);
-  return p.num_heads_q * pairs * (p.packed ? 1 : p.batch);
+// A bound on the tiles. A packed batch has at most one that is not full for each sequence.
+int64_t tiles_of(const Problem& p, int block_m) {
+  const int64_t rows = p.packed ? p.total_q + p.batch * block_m : p.seqlen_q;
+  return p.num_heads_q * ((rows + block_m - 1) / block_m) * (p.packed ? 1 : p.batch);
 }
+
+// Under a causal mask the last four rounds of tiles come one by one: 99 % of the CTAs' time is then used, against 97 % (measured with a
+// model of the schedule, and as 1 to 4 % of time on an H200).
+constexpr int64_t kFallingRounds = 4;
 
 std::string forward_refusal(const ForwardRow& row, const Problem& p, const Device& device) {
   const ForwardConfig& c = row.config;
@@ -60,8 +63,8 @@ std::string forward_refusal(const ForwardRow& row, const Problem& p, const Devic
   if (modified != c.modified) return c.modified ? "is for softcap, alibi and scales that are not positive" : "has no softcap, no alibi and only positive scales";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
-  if (const int64_t pairs = pairs_of(p, c.block_m()); pairs > std::numeric_limits<int>::max() - device.units)
-    return "batch, heads and seqlen_q make " + std::to_string(pairs) + " pairs of tiles, more than fit into 32 bits";
+  if (const int64_t tiles = tiles_of(p, c.block_m()); tiles > std::numeric_limits<int>::max() - 2 * device.units)
+    return "batch, heads and seqlen_q make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";
   return {};
 }
 
@@ -144,7 +147,10 @@ Status launch_forward(int index, const Problem& p, const Device& device, const A
   r.scale = p.scale();
   r.softcap = p.softcap;
   r.top_left = p.alignment == Alignment::kTopLeft;
-  const auto ctas = static_cast<unsigned>(std::min<int64_t>(device.units, pairs_of(p, row.config.block_m())));
+  const int64_t heads = p.batch * p.num_heads_q, m_blocks = (p.seqlen_q + row.config.block_m() - 1) / row.config.block_m();
+  r.falling = p.window_right >= 0 && p.window_left < 0;
+  r.paired_heads = r.falling ? static_cast<int>(std::max<int64_t>(0, heads - (kFallingRounds * device.units + m_blocks - 1) / m_blocks)) : 0;
+  const auto ctas = static_cast<unsigned>(std::min<int64_t>(device.units, tiles_of(p, row.config.block_m())));
   void* arguments[] = {&r};
   return status_of(cudaLaunchKernel(row.function, dim3(ctas), dim3(static_cast<unsigned>(row.config.threads())), arguments, row.shared_bytes, stream),
                    "cudaLaunchKernel");

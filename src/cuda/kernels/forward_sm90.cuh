@@ -4,8 +4,8 @@
 //   warp 0 of the loaders   decides the tiles, publishes them as work items, loads queries
 //   warp 1, warp 2          load key blocks and value blocks, right to left, into rings of kStages
 //   consumer warpgroups     each 64 queries on its own: s = q k^T, softmax, o += p v, with p staying in registers
-// A consumer issues the scores of its next block together with p v of the present one, across the end of a tile too, and a block may be
-// split into parts: while the softmax of one part runs, the tensor cores have the part before. Only blocks at the mask's edge are masked.
+// A consumer issues the scores of its next block together with p v of the present one, across the end of a tile too, and while it waits
+// and does its softmax the tensor cores serve the other consumers. Only blocks at the mask's edge are masked.
 // Every tile is computed by one CTA in one order, whatever else runs: results repeat bit by bit.
 #pragma once
 
@@ -43,8 +43,8 @@ struct ForwardShared {
   __device__ __forceinline__ void init_barriers() {
     constexpr int kWarps = 4 * C.consumers;
     for (int i = 0; i < kItems; ++i) {
-      item_full[i].init(1);
-      item_empty[i].init(kWarps + 2);  // and the loaders of keys and of values
+      item_full[i].init(32);
+      item_empty[i].init(32 * kWarps + 2);  // and the loaders of keys and of values
     }
     for (int i = 0; i < C.q_slots; ++i)
       for (int j = 0; j < C.consumers; ++j) {
@@ -75,8 +75,8 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
     WorkItem<C.consumers>& item = shared.item[items.stage()];
     more = schedule.next(params, C.block_n, item);
+    shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
-    if (leader) shared.item_full[items.stage()].arrive();
     if (!more) break;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
@@ -171,15 +171,15 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
 template <ForwardConfig C>
 struct Consumer {
   using Shared = ForwardShared<C>;
-  static constexpr int kKeys = C.block_n / C.parts, kOutputs = C.head_dim_v / 2;
+  static constexpr int kOutputs = C.head_dim_v / 2;
 
   const ForwardParams& params;
   Shared& shared;
   const int part;  // which warpgroup
   const bool leader = threadIdx.x % 32 == 0;
 
-  float s[C.parts][kKeys / 2];
-  uint32_t p[C.parts][kKeys / 4];
+  float s[C.block_n / 2];
+  uint32_t p[C.block_n / 4];
   float o[kOutputs];
   tile::Rows rows;
 
@@ -211,7 +211,7 @@ struct Consumer {
   __device__ __forceinline__ void skip_keys(int count) {
     if constexpr (C.in_turn)
 #pragma unroll 1
-      for (int i = 0; i < count * C.parts; ++i) {
+      for (int i = 0; i < count; ++i) {
         take_turn();
         pass_turn();
       }
@@ -246,9 +246,8 @@ struct Consumer {
 
   // Where there is no next block, the tensor cores multiply what lies at the last place and nobody looks at it: with a branch around
   // them the compiler would not let them run while the softmax does.
-  template <int kPart>
   __device__ __forceinline__ void issue_scores() {
-    tile::multiply_scores<C.element, C.head_dim, kKeys>(s[kPart], shared.q[q_stage][part], shared.k[k_stage], kPart * kKeys);
+    tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_stage][part], shared.k[k_stage], 0);
   }
 
   // Starts the pipeline at the present tile.
@@ -260,12 +259,7 @@ struct Consumer {
     primed = true;
     take_turn();
     ptx::wgmma_fence();
-    issue_scores<0>();
-    if constexpr (C.parts == 2) {
-      pass_turn();
-      take_turn();
-      issue_scores<1>();
-    }
+    issue_scores();
     ptx::wgmma_commit();
     pass_turn();
   }
@@ -293,38 +287,34 @@ struct Consumer {
     return true;
   }
   __device__ __forceinline__ void release_item() {
-    __syncwarp();
-    if (leader) shared.item_empty[items.stage()].arrive();
+    shared.item_empty[items.stage()].arrive();  // every lane, for what it has read
     items.advance();
   }
 
-  // One part of a block, from scores in registers to o. `fresh`: the first of its tile, `last`: its last block.
-  template <int kPart>
+  // A block, from scores in registers to o. `fresh`: the first of its tile, `last`: its last.
   __device__ __forceinline__ void step(const WorkItem<C.consumers>& item, int key, bool edge, bool fresh, bool last) {
     const int query = item.m_begin + 64 * part + tile::this_lane().row;
     if constexpr (C.modified) {
       const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
-      tile::modify_block(s[kPart], params.scale, params.softcap, slope, query + item.band.offset, key);
+      tile::modify_block(s, params.scale, params.softcap, slope, query + item.band.offset, key);
     }
-    if (edge) tile::mask_block(s[kPart], item.band, query, key);
-    if (fresh || !tile::add_block_stale<C.element>(rows, s[kPart], factor, p[kPart])) {
+    if (edge) tile::mask_block(s, item.band, query, key);
+    if (fresh || !tile::add_block_stale<C.element>(rows, s, factor, p)) {
       float rescale[2];
-      tile::add_block_exact<C.element>(rows, s[kPart], factor, p[kPart], rescale);
+      tile::add_block_exact<C.element>(rows, s, factor, p, rescale);
       if (!fresh && __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1)) {
-        if constexpr (kPart > 0) ptx::wgmma_wait<0>();
-        tile::hold(o);
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[tile::row_of(i)];
       }
     }
-    if (kPart == 0 && last) find_next(item);
+    if (last) find_next(item);
     if (primed) take_turn();
     ptx::wgmma_fence();
-    tile::multiply_values<C.element, C.head_dim_v, kKeys>(o, p[kPart], shared.v[values.stage()], kPart * kKeys, !fresh);
+    tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, !fresh);
     ptx::wgmma_commit();
-    if (kPart == 0 && !last) find_keys();
+    if (!last) find_keys();
     ptx::wgmma_fence();
-    issue_scores<kPart>();
+    issue_scores();
     ptx::wgmma_commit();
     if (primed) pass_turn();
   }
@@ -333,11 +323,8 @@ struct Consumer {
   __device__ __forceinline__ void wait() {
     ptx::wgmma_wait<0>();
     tile::hold(o);
-#pragma unroll
-    for (int i = 0; i < C.parts; ++i) {
-      tile::hold(s[i]);
-      tile::hold(p[i]);
-    }
+    tile::hold(s);
+    tile::hold(p);
   }
 
   // o and lse of the finished tile. The scores of the next are on their way.
@@ -381,10 +368,7 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     if (part == C.consumers - 1) pass_turn();
     factor = C.modified ? 1.f : params.scale * kLog2e;
-#pragma unroll
-    for (int i = 0; i < C.parts; ++i)
-#pragma unroll
-      for (int j = 0; j < kKeys / 4; ++j) p[i][j] = 0;
+    for (uint32_t& x : p) x = 0;
     while (find_work()) {
       prime(shared.item[items.stage()]);
       do {
@@ -401,8 +385,7 @@ struct Consumer {
           wait();
           shared.k_empty[values.stage()].arrive_if(leader);
           shared.q_empty[queries.stage()][part].arrive_if(leader && last);
-          step<0>(item, key, edge, done == 0, last);
-          if constexpr (C.parts == 2) step<1>(item, key + kKeys, edge, false, last);
+          step(item, key, edge, done == 0, last);
           ptx::wgmma_wait<1>();  // the product with the values, which was issued before the last scores
           shared.v_empty[values.stage()].arrive_if(leader);
           values.advance();

@@ -14,7 +14,6 @@ struct ForwardConfig {
   int head_dim, head_dim_v;  // largest; smaller ones are filled with zeros
   int consumers;             // warpgroups of 64 queries
   int block_n;               // keys in a block
-  int parts;                 // that a block is split into
   int stages;                // of the ring of keys and of the ring of values
   int q_slots;               // tiles of queries in shared memory per warpgroup
   bool in_turn;              // warpgroups issue their products one after the other
@@ -45,6 +44,9 @@ struct ForwardParams {
   int head_dim, head_dim_v;
   float scale, softcap;
   bool top_left;
+  // Order of the work, see schedule.cuh: heads whose tiles come in pairs, and whether the others' come falling in size.
+  int paired_heads;
+  bool falling;
 };
 
 }  // namespace tilewise

@@ -1,8 +1,11 @@
-// Which tiles a CTA computes, in which order. A tile is block_m queries of one head, and two tiles, one from the end of a sequence and
-// one from its beginning, make a pair: under a causal mask all pairs of a head are equal work. Pairs go round the CTAs in order of the
-// heads, so that CTAs that run together read the same keys and values from L2, and every other round backwards, so that where sequences
-// differ what a CTA has too much of in one round it has too little of in the next. Packed sequences are taken 32 at a time, longest
-// first. There is no counter in memory: nothing to reset, and every run is alike.
+// Which tiles a CTA computes, in which order; a tile is block_m queries of one head. Units of work go round the CTAs, every other round
+// backwards, so that where units shrink what a CTA has too much of in one round it has too little of in the next. There is no counter in
+// memory: nothing to reset, and every run is alike. Units come in the order of the heads, so that CTAs that run together read the same
+// keys and values from L2:
+//   equal tiles (no mask, or a window)   one by one
+//   a causal mask                        in pairs of one long and one short tile, all equal work; of the last heads (params.paired_heads on)
+//                                        one by one and falling in size, which fills the end
+//   packed sequences                     in pairs, 32 sequences at a time, the longest first
 #pragma once
 
 #include "core/mask.h"
@@ -57,7 +60,7 @@ struct Schedule {
   __device__ __forceinline__ bool next(const ForwardParams& params, int block_n, WorkItem<kParts>& item) {
     constexpr int kBlockM = 64 * kParts;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    item.valid = false;
+    if (lane == 0) item.valid = false;
     int m_block = second;
     second = -1;
     if (m_block < 0) {
@@ -67,10 +70,20 @@ struct Schedule {
       if (!params.cu_seqlens_q) {
         m_blocks = ceil_div(params.seqlen_q, kBlockM);
         pairs = (m_blocks + 1) / 2;
-        head = index / pairs;
+        const unsigned heads = params.batch * params.num_heads, paired = params.paired_heads;
+        if (index < paired * pairs) {
+          head = index / pairs;
+          index -= head * pairs;
+          m_block = m_blocks - 1 - index;
+          if (m_block != static_cast<int>(index)) second = index;
+        } else {
+          index -= paired * pairs;
+          if (index >= (heads - paired) * m_blocks) return false;
+          const unsigned runs = params.falling ? heads - paired : m_blocks, run = index / runs;
+          head = params.falling ? paired + index % runs : run;
+          m_block = m_blocks - 1 - (params.falling ? run : index % runs);
+        }
         batch = head / params.num_heads;
-        if (batch >= params.batch) return false;
-        index -= head * pairs;
         head -= batch * params.num_heads;
       } else {
         unsigned total = chunk < 0 ? 0 : __shfl_sync(0xffffffff, chunk_end, 31);
@@ -88,9 +101,9 @@ struct Schedule {
         index -= __shfl_sync(0xffffffff, chunk_end, holder) - pairs * params.num_heads;
         head = index / pairs;
         index -= head * pairs;
+        m_block = m_blocks - 1 - index;
+        if (m_block != static_cast<int>(index)) second = index;
       }
-      m_block = m_blocks - 1 - index;
-      if (m_block != static_cast<int>(index)) second = index;
     }
     const int m_begin = m_block * kBlockM;
     const Sequence sequence = sequence_of(batch, params.seqlen_q, params.seqlen_k, params.cu_seqlens_q, params.cu_seqlens_k, params.seqused_k);
@@ -106,7 +119,7 @@ struct Schedule {
     const int begin = m_begin + (lane < kParts ? 64 * lane : 0), end = min_of(begin + (lane < kParts ? 64 : kBlockM), band.seqlen_q);
     const BlockRange range = begin < end ? kv_blocks(band, begin, end, block_n) : BlockRange{0, 0, 0, 0};
     if (lane <= kParts) (lane < kParts ? item.part[lane] : item.all) = range;
-    item.valid = true;
+    if (lane == 0) item.valid = true;
     return true;
   }
 };

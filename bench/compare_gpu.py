@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Race Tilewise's GPU kernels against cuDNN and FlashAttention-2, which both come with PyTorch.
+
+Usage: compare_gpu.py --library libtilewise.so [--out results.json] [--cases text] [--repetitions 20]
+
+The contenders of a case take turns call by call in a rotating order, so that they share one thermal and power state. L2 is flushed
+before every call, a spinning kernel keeps host time out of the figure, and figures are medians: TFLOP/s of visible pairs. Every first
+result is compared with the other contenders'. Peers that are not installed here enter by their ratio to cuDNN (FlashAttention-2 where cuDNN
+refuses), measured once on an H200 with all of them in one run: bench/results/nvidia-h200-peers.json.
+"""
+import argparse
+import ctypes
+import json
+import math
+import pathlib
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("rank", ctypes.c_int32), ("shape", ctypes.c_int64 * 4), ("stride", ctypes.c_int64 * 4)]
+
+
+class Arguments(ctypes.Structure):
+    NAMES = "q k v o lse cu_seqlens_q cu_seqlens_k seqused_k alibi_slopes sink dout dlse dq dk dv dsink".split()
+    _fields_ = [("struct_size", ctypes.c_size_t)] + [(name, Tensor) for name in NAMES] + [("workspace", ctypes.c_void_p)]
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
+
+
+class Tilewise:
+    """A plan of the C ABI on tensors of PyTorch."""
+
+    name = "tilewise"
+
+    def __init__(self, library):
+        self.lib = ctypes.CDLL(str(pathlib.Path(library).resolve()))
+        self.lib.tw_last_error.restype = ctypes.c_char_p
+        self.lib.tw_plan_kernel.restype = ctypes.c_char_p
+        self.lib.tw_plan_workspace_bytes.restype = ctypes.c_size_t
+        self.device = ctypes.create_string_buffer(512)  # a tw_device, which only its own functions look into
+        self.lib.tw_device_init(self.device, ctypes.c_size_t(208))
+        self.check(self.lib.tw_device_cuda(0, self.device))
+
+    def check(self, status):
+        if status:
+            raise RuntimeError(self.lib.tw_last_error().decode())
+
+    def call(self, text, **tensors):
+        """A function that runs the problem once on the current stream."""
+        problem = ctypes.create_string_buffer(256)
+        self.lib.tw_problem_init(problem, ctypes.c_size_t(144))
+        self.check(self.lib.tw_problem_parse(text.encode(), problem))
+        plan = ctypes.c_void_p()
+        self.check(self.lib.tw_plan_create(problem, self.device, ctypes.byref(plan)))
+        arguments = Arguments()
+        self.lib.tw_arguments_init(ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(Arguments)))
+        for name, tensor in tensors.items():
+            view = getattr(arguments, name)
+            view.data, view.dtype, view.rank = tensor.data_ptr(), DTYPES[tensor.dtype], tensor.dim()
+            view.shape[: tensor.dim()] = list(tensor.shape)
+            view.stride[: tensor.dim()] = list(tensor.stride())
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        run, reference = self.lib.tw_plan_run, ctypes.byref(arguments)
+
+        def once():
+            self.check(run(plan, reference, stream))
+            return tensors["o"]
+
+        once.kernel = self.lib.tw_plan_kernel(plan).decode()
+        once.keep = (arguments, tensors)
+        return once
+
+    def forward(self, q, k, v, causal, window):
+        b, s, h, d = q.shape
+        text = f"fwd b{b} q{s} k{k.shape[1]} h{h}/{k.shape[2]} d{d}/{v.shape[3]} {'bf16' if q.dtype == torch.bfloat16 else 'fp16'}"
+        text += f" window={window - 1},0" if window else " causal" if causal else ""
+        o = torch.full((b, s, h, v.shape[3]), math.nan, dtype=q.dtype, device="cuda")
+        return self.call(text, q=q, k=k, v=v, o=o, lse=torch.empty(b, h, s, device="cuda"))
+
+    def packed(self, q, k, v, cu, longest, causal):
+        text = f"fwd b{len(cu) - 1} q{longest} k{longest} h{q.shape[1]}/{k.shape[1]} d{q.shape[2]} bf16 packed tq{q.shape[0]} tk{k.shape[0]}" + (" causal" if causal else "")
+        o = torch.full_like(q, math.nan)
+        return self.call(text, q=q, k=k, v=v, o=o, lse=torch.empty(q.shape[1], q.shape[0], device="cuda"), cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
+class Sdpa:
+    def __init__(self, name, backend):
+        self.name, self.backend = name, backend
+
+    def forward(self, q, k, v, causal, window):
+        if window:
+            raise NotImplementedError("window")
+        t = [x.transpose(1, 2) for x in (q, k, v)]
+
+        def once():
+            with sdpa_kernel(self.backend):
+                return F.scaled_dot_product_attention(*t, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+        return once
+
+
+class FlashAttention2(Sdpa):
+    def op(self, q, k, v, causal, window, cu=None, longest=None):
+        edge = {} if window is None else dict(window_size_left=window - 1, window_size_right=0)
+        return lambda: torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest or q.shape[1], longest or k.shape[1], 0.0, causal, False, scale=q.shape[-1] ** -0.5, **edge)[0]
+
+    def forward(self, q, k, v, causal, window):
+        return self.op(q, k, v, False, window) if window else super().forward(q, k, v, causal, None)
+
+    def packed(self, q, k, v, cu, longest, causal):
+        return self.op(q, k, v, causal, None, cu, longest)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--out")
+    parser.add_argument("--cases", default="")
+    parser.add_argument("--repetitions", type=int, default=20)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    contenders = [Tilewise(args.library), Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION), FlashAttention2("fa2", SDPBackend.FLASH_ATTENTION)]
+    table = json.loads((pathlib.Path(__file__).parent / "results/nvidia-h200-peers.json").read_text())["forward"]
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), unit="TFLOP/s of visible pairs, medians", rows=[])
+
+    def race(kind, case, flops, method, *inputs):
+        if args.cases not in case:
+            return
+        row, calls, outputs = dict(kind=kind, case=case), {}, []
+        for contender in contenders:
+            try:
+                call = getattr(contender, method)(*inputs)
+                outputs.append(call().clone())
+                call()
+                calls[contender.name] = call
+                if contender.name == "tilewise":
+                    row["kernel"] = call.kernel
+            except Exception as error:
+                row[contender.name] = "no: " + (str(error) or repr(error)).split("\n")[0][:80]
+        for other in outputs[1:]:
+            row["difference"] = max(row.get("difference", 0), (outputs[0].float() - other.float()).abs().max().item())
+        del outputs
+        events, names = {name: [] for name in calls}, list(calls)
+        for i in range(args.repetitions):
+            for name in names[i % len(names):] + names[: i % len(names)]:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                flush.zero_()
+                torch.cuda._sleep(400000)
+                begin.record()
+                calls[name]()
+                end.record()
+                events[name].append((begin, end))
+        torch.cuda.synchronize()
+        for name in names:
+            row[name] = round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1)
+        live = [row[name] for name in ("cudnn", "fa2") if isinstance(row.get(name), float)]
+        known = table.get(f"{kind} {case}")
+        if known:
+            base = "cudnn" if isinstance(row.get("cudnn"), float) and known.get("cudnn") else "fa2"
+            for name in ("fa3", "fa4"):
+                row[name + " by ratio"] = round(row[base] * known[name] / known[base], 1)
+                live.append(row[name + " by ratio"])
+        if live and isinstance(row.get("tilewise"), float):
+            row["ratio"] = round(row["tilewise"] / max(live), 3)
+        result["rows"].append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+
+    def random(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, dtype=dtype, device="cuda")
+
+    for d, d_v, lengths, dtype in [(64, 64, 6, torch.bfloat16), (128, 128, 6, torch.bfloat16), (256, 256, 6, torch.bfloat16), (128, 128, 2, torch.float16), (64, 64, 2, torch.float16),
+                                   (256, 256, 2, torch.float16), (96, 96, 2, torch.bfloat16), (192, 192, 2, torch.bfloat16), (192, 128, 2, torch.bfloat16)]:
+        for causal in (False, True):
+            for s in (512, 1024, 2048, 4096, 8192, 16384) if lengths == 6 else (1024, 8192):
+                b, h = 16384 // s, 2048 // d
+                q, k, v = random(b, s, h, d, dtype=dtype), random(b, s, h, d, dtype=dtype), random(b, s, h, d_v, dtype=dtype)
+                kind = "fwd" if (d == d_v and lengths == 6) else "fwd-fp16" if dtype == torch.float16 else "fwd-more"
+                width = f"d{d}" if d == d_v else f"d{d}/{d_v}"
+                race(kind, f"{width} {'causal' if causal else 'full'} s{s} b{b} h{h}", 2 * b * h * s * s * (d + d_v) * (0.5 if causal else 1), "forward", q, k, v, causal, None)
+    q, k, v = random(2, 8192, 32, 128), random(2, 8192, 8, 128), random(2, 8192, 8, 128)
+    for causal in (False, True):
+        race("fwd-gqa", f"d128 {'causal' if causal else 'full'} s8192 b2 h32/8", 4 * 2 * 32 * 128 * 8192**2 * (0.5 if causal else 1), "forward", q, k, v, causal, None)
+    q, k, v = (random(1, 16384, 16, 128) for _ in range(3))
+    race("fwd-window", "d128 s16384 w1024 b1 h16", 4 * 16 * 128 * (16384 * 1024 - 1024 * 1023 / 2), "forward", q, k, v, True, 1024)
+    x = torch.exp(torch.randn(32, generator=torch.Generator().manual_seed(5)) * 1.1)
+    lengths = (x / x.sum() * 65536).int().clamp(min=16)
+    cu, longest = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().cuda(), int(lengths.max())
+    q, k, v = (random(int(cu[-1]), 16, 128) for _ in range(3))
+    for causal in (False, True):
+        race("fwd-varlen", f"d128 {'causal' if causal else 'full'} 32 sequences, 64k tokens, longest {longest}", 4 * 16 * 128 * float((lengths.double() ** 2).sum()) * (0.5 if causal else 1), "packed", q, k, v, cu, longest, causal)
+
+    tiny = [random(1, 128, 4, 128) for _ in range(3)]
+    result["host_us"] = {}
+    for contender in contenders:
+        try:
+            call = contender.forward(*tiny, True, None)
+            for _ in range(300):
+                call()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(3000):
+                call()
+            result["host_us"][contender.name] = round((time.perf_counter() - begin) / 3000 * 1e6, 2)
+            torch.cuda.synchronize()
+        except Exception as error:
+            result["host_us"][contender.name] = str(error)[:60]
+    torch.cuda.synchronize()
+    q, k, v = (random(1, 16384, 16, 128) for _ in range(3))
+    call = contenders[0].forward(q, k, v, True, None)
+    before = torch.cuda.mem_get_info()[0]
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    result["extra_memory_bytes"] = before - torch.cuda.mem_get_info()[0]
+
+    ratios = {}
+    for row in result["rows"]:
+        if "ratio" in row:
+            for group in [row["kind"]] + (["fwd s512 and s1024"] if row["kind"] == "fwd" and (" s512 " in row["case"] or " s1024 " in row["case"]) else []):
+                ratios.setdefault(group, []).append(row["ratio"])
+    result["summary"] = {g: dict(cases=len(r), geomean=round(math.exp(statistics.mean(map(math.log, r))), 3), lowest=min(r)) for g, r in ratios.items()}
+    print(json.dumps(result["summary"]), "host us a call", result["host_us"], "extra memory", result["extra_memory_bytes"])
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
