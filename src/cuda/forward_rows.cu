@@ -1,6 +1,5 @@
 // The kernels of one shape, TW_SHAPE.
 #include "cuda/forward_rows.h"
-
 #include "cuda/kernels/forward_sm90.cuh"
 
 namespace tilewise::cuda {

@@ -47,9 +47,16 @@ int64_t tiles_of(const Problem& p, int block_m) {
   return p.num_heads_q * ((rows + block_m - 1) / block_m) * (p.packed ? 1 : p.batch);
 }
 
-// Under a causal mask the last four rounds of tiles come one by one: 99 % of the CTAs' time is then used, against 97 % (measured with a
-// model of the schedule, and as 1 to 4 % of time on an H200).
-constexpr int64_t kFallingRounds = 4;
+// Under a causal mask the last two rounds of tiles come one by one, falling in size: a model of the schedule then finds 99 % of the CTAs'
+// time used, against 97 %. Not where tiles are few and alike, and only as many heads as L2 holds: with four rounds of head dimension 256
+// and no such bound the H200 was 2 to 5 % slower.
+int64_t falling_heads(const Problem& p, int block_m) {
+  constexpr int64_t kRounds = 2, kCtas = 132, kFewTiles = 16, kBytes = 40 << 20;
+  const int64_t m_blocks = (p.seqlen_q + block_m - 1) / block_m;
+  if (m_blocks < kFewTiles) return 0;
+  const int64_t head_bytes = std::max<int64_t>(p.seqlen_k * (p.head_dim + p.head_dim_v) * 2 / (p.num_heads_q / p.num_heads_kv), 1);
+  return std::min({(kRounds * kCtas + m_blocks - 1) / m_blocks, std::max<int64_t>(kBytes / head_bytes, 1), p.batch * p.num_heads_q});
+}
 
 std::string forward_refusal(const ForwardRow& row, const Problem& p, const Device& device) {
   const ForwardConfig& c = row.config;
@@ -57,10 +64,12 @@ std::string forward_refusal(const ForwardRow& row, const Problem& p, const Devic
   if (static_cast<int64_t>(row.shared_bytes) > device.desk_bytes)
     return "needs " + std::to_string(row.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(device.desk_bytes);
   const bool bfloat16 = c.element == ptx::Element::kBFloat16;
-  if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16)) return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
+  if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16))
+    return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
   // A maximum of scores is the maximum of scaled scores, and -inf stays -inf, only where the scale is above 0.
   const bool modified = p.softcap > 0 || p.alibi || !(p.scale() >= kSmallestScale);
-  if (modified != c.modified) return c.modified ? "is for softcap, alibi and scales that are not positive" : "has no softcap, no alibi and only positive scales";
+  if (modified != c.modified)
+    return c.modified ? "is for softcap, alibi and scales that are not positive" : "has no softcap, no alibi and only positive scales";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
   if (const int64_t tiles = tiles_of(p, c.block_m()); tiles > std::numeric_limits<int>::max() - 2 * device.units)
@@ -84,7 +93,8 @@ Status check_rows(const char* name, const TensorView& t) {
   if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) return unsupported(std::string(name) + ": the address of its first element" + rule);
   for (int i = 0; i + 1 < t.rank; ++i) {
     if (t.shape[i] <= 1) continue;
-    if (t.stride[i] % 8 != 0) return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) + rule);
+    if (t.stride[i] % 8 != 0)
+      return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) + rule);
     if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39)
       return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) +
                          " is not between 0 and 2^39 elements, which sm_90 kernels need");
@@ -98,7 +108,8 @@ Status allow_shared(int index, const Device& device) {
   const uint64_t bit = uint64_t{1} << (device.index % 64);
   if (device.index < 64 && allowed[index].load(std::memory_order_relaxed) & bit) return {};
   const ForwardRow& row = forward_table()[index];
-  const cudaError_t error = cudaFuncSetAttribute(row.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(row.shared_bytes));
+  const cudaError_t error =
+      cudaFuncSetAttribute(row.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(row.shared_bytes));
   if (Status status = status_of(error, "cudaFuncSetAttribute"); !status.ok()) return status;
   if (device.index < 64) allowed[index].fetch_or(bit, std::memory_order_relaxed);
   return {};
@@ -147,13 +158,13 @@ Status launch_forward(int index, const Problem& p, const Device& device, const A
   r.scale = p.scale();
   r.softcap = p.softcap;
   r.top_left = p.alignment == Alignment::kTopLeft;
-  const int64_t heads = p.batch * p.num_heads_q, m_blocks = (p.seqlen_q + row.config.block_m() - 1) / row.config.block_m();
   r.falling = p.window_right >= 0 && p.window_left < 0;
-  r.paired_heads = r.falling ? static_cast<int>(std::max<int64_t>(0, heads - (kFallingRounds * device.units + m_blocks - 1) / m_blocks)) : 0;
+  r.paired_heads = r.falling ? static_cast<int>(p.batch * p.num_heads_q - falling_heads(p, row.config.block_m())) : 0;
   const auto ctas = static_cast<unsigned>(std::min<int64_t>(device.units, tiles_of(p, row.config.block_m())));
   void* arguments[] = {&r};
-  return status_of(cudaLaunchKernel(row.function, dim3(ctas), dim3(static_cast<unsigned>(row.config.threads())), arguments, row.shared_bytes, stream),
-                   "cudaLaunchKernel");
+  return status_of(
+      cudaLaunchKernel(row.function, dim3(ctas), dim3(static_cast<unsigned>(row.config.threads())), arguments, row.shared_bytes, stream),
+      "cudaLaunchKernel");
 }
 
 // A Kernel is plain functions, so each row has its own set.
@@ -165,12 +176,14 @@ Kernel forward_kernel() {
       .device = DeviceType::kCuda,
       .pass = Pass::kForward,
       .refusal = [](const Problem& p, const Device& device) { return forward_refusal(forward_table()[kIndex], p, device); },
-      .tile_plan = [](const Problem&, const Device& device) {
-        const ForwardRow& row = forward_table()[kIndex];
-        return TilePlan{row.config.block_m(), row.config.block_n, static_cast<int64_t>(row.shared_bytes), device.units};
-      },
+      .tile_plan =
+          [](const Problem&, const Device& device) {
+            const ForwardRow& row = forward_table()[kIndex];
+            return TilePlan{row.config.block_m(), row.config.block_n, static_cast<int64_t>(row.shared_bytes), device.units};
+          },
       .workspace_bytes = [](const Problem&, const Device&) { return size_t{0}; },
-      .launch = [](const Problem& p, const Device& device, const Arguments& a, Stream stream) { return launch_forward(kIndex, p, device, a, stream); },
+      .launch = [](const Problem& p, const Device& device, const Arguments& a,
+                   Stream stream) { return launch_forward(kIndex, p, device, a, stream); },
   };
 }
 
@@ -179,7 +192,8 @@ Kernel forward_kernel() {
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> kKernels = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
     return std::vector<Kernel>{forward_kernel<static_cast<int>(kIndex)>()...};
-  }(std::make_index_sequence<kForwardRows>());
+  }
+  (std::make_index_sequence<kForwardRows>());
   return kKernels;
 }
 

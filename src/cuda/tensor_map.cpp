@@ -14,7 +14,8 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess) return nullptr;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess)
+    return nullptr;
   return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
@@ -32,9 +33,9 @@ Status make_tensor_map(const MapSource& source, int tile_rows, CUtensorMap& map)
   const cuuint64_t stride[4] = {row, row, bytes(source.heads, source.head_stride), bytes(source.batch, source.batch_stride)};
   const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(tile_rows), 1, 1, 1}, step[5] = {1, 1, 1, 1, 1};
   char* begin = static_cast<char*>(const_cast<void*>(source.data)) - static_cast<int64_t>(row) * tile_rows;
-  const CUresult result =
-      encode(&map, source.bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5, begin, extent, stride, box, step,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&map, source.bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5, begin,
+                                 extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
   return unsupported("the driver refuses a tensor map (CUresult " + std::to_string(result) + ")");
 }

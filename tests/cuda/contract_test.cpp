@@ -73,7 +73,8 @@ TEST_F(Contract, RowDoesNotDependOnTheBatch) {
 
 // Values that are not finite reach the rows that see them and no others, although the tensor cores multiply whole blocks.
 TEST_F(Contract, ValuesThatAreNotFiniteReachTheRowsThatSeeThem) {
-  for (const char* line : {"q400 h2 d128 bf16 causal", "q400 h2 d64 fp16 causal", "q300 h2 d256 bf16 window=50,0", "q400 h2 d128 bf16 causal softcap=30"})
+  for (const char* line :
+       {"q400 h2 d128 bf16 causal", "q400 h2 d64 fp16 causal", "q300 h2 d256 bf16 window=50,0", "q400 h2 d128 bf16 causal softcap=30"})
     for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       constexpr int kKey = 170;
       Trial clean = trial(line), spoilt = trial(line);

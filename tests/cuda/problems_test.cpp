@@ -44,7 +44,8 @@ struct Problems : Cuda {
     limits.max_head_dim = 256;
     limits.backward = false;
     for (uint64_t seed = first; seed < last; ++seed)
-      verify(fitted(reference::random_problem(seed, limits), seed % 2 ? DataType::kBFloat16 : DataType::kFloat16), seed, kLayouts[seed % 3]);
+      verify(fitted(reference::random_problem(seed, limits), seed % 2 ? DataType::kBFloat16 : DataType::kFloat16), seed,
+             kLayouts[seed % 3]);
   }
 };
 

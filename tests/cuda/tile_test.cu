@@ -20,12 +20,13 @@ namespace tilewise::tile {
 namespace {
 
 using ptx::Element;
-using Element::kBFloat16;
+constexpr Element kBFloat16 = Element::kBFloat16;
 
 struct TileTest : testing::Test {
   void SetUp() override {
     int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess || major != 9) GTEST_SKIP() << "needs a Hopper GPU";
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess || major != 9)
+      GTEST_SKIP() << "needs a Hopper GPU";
   }
 };
 
@@ -80,22 +81,26 @@ TEST_F(TileTest, LoadFillsRowsAndColumnsThatAreNotThereWithZeros) {
   for (size_t i = 0; i < host.size(); ++i) host[i] = static_cast<uint16_t>(i % 60000 + 1);
   const OnDevice<uint16_t> source(host), out(std::vector<uint16_t>(kTileRows * 128, 7));
   CUtensorMap map;
-  ASSERT_TRUE(make_tensor_map({source.data, true, kBatch, kRowsInAll, kHeads, kColumns, kRowsInAll * kHeads * kColumns, kHeads * kColumns, kColumns}, kTileRows, map).ok());
+  ASSERT_TRUE(make_tensor_map(
+                  {source.data, true, kBatch, kRowsInAll, kHeads, kColumns, kRowsInAll * kHeads * kColumns, kHeads * kColumns, kColumns},
+                  kTileRows, map)
+                  .ok());
   for (const auto [row, valid] : {std::pair{0, 80}, {20, 80}, {0, 5}, {90, 10}, {17, 0}, {3, 79}, {5, 1000}}) {
     load_kernel<kTileRows, 128><<<1, 128, kTileRows * 256>>>(map, row, valid, 2, 1, out.data);
     const std::vector<uint16_t> got = out.get();
     for (int r = 0; r < kTileRows; ++r)
       for (int c = 0; c < 128; ++c) {
         const bool there = r < valid && row + r < kRowsInAll && c < kColumns;
-        ASSERT_EQ(got[r * 128 + c], there ? host[((kRowsInAll + row + r) * kHeads + 2) * kColumns + c] : 0) << row << " " << valid << " " << r << " " << c;
+        ASSERT_EQ(got[r * 128 + c], there ? host[((kRowsInAll + row + r) * kHeads + 2) * kColumns + c] : 0)
+            << row << " " << valid << " " << r << " " << c;
       }
   }
 }
 
 // out = (q k^T) v with both products, through every piece that carries a fragment.
 template <int kKeys, int kDepth, int kWidth>
-__global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                                uint16_t* out) {
+__global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                                const __grid_constant__ CUtensorMap v_map, uint16_t* out) {
   struct Memory {
     Tile<64, kDepth> q;
     Tile<2 * kKeys, kDepth> k;
@@ -194,8 +199,8 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
     for (int i = 0; i < 64 * 32; ++i) {
       const int warp = i / 32 / 16;
       float x = static_cast<float>((i * 37 + block * 11) % 9) - 4;
-      if (block == 2 && warp == 1) x += 300;       // outgrows the old maximum beyond float
-      if (block < 2 && warp == 2) x = -INFINITY;   // sees nothing at first
+      if (block == 2 && warp == 1) x += 300;      // outgrows the old maximum beyond float
+      if (block < 2 && warp == 2) x = -INFINITY;  // sees nothing at first
       scores[block * 64 * 32 + i] = x;
     }
   const OnDevice<float> in(scores), out(std::vector<float>(kBlocks * 64 * 3));

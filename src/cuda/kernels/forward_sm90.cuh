@@ -93,8 +93,8 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
 
 // Loads the blocks of keys or of values of every tile, right to left. One warp.
 template <ForwardConfig C, class T>
-__device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[C.stages], const CUtensorMap& map,
-                                          tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages]) {
+__device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[C.stages],
+                                          const CUtensorMap& map, tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages]) {
   if (threadIdx.x % 32 != 0) return;
   tile::Ring<kItems> items;
   tile::Ring<C.stages> ring;
@@ -120,7 +120,8 @@ __device__ __forceinline__ uint16_t* output_row(const ForwardParams& params, con
 }
 template <ForwardConfig C>
 __device__ __forceinline__ void store_lse(const ForwardParams& params, const WorkItem<C.consumers>& item, int query, float lse) {
-  if (params.lse) params.lse[(params.cu_seqlens_q ? 0 : item.batch * params.lse_batch) + item.head * params.lse_head + item.sequence.q_row + query] = lse;
+  if (params.lse)
+    params.lse[(params.cu_seqlens_q ? 0 : item.batch * params.lse_batch) + item.head * params.lse_head + item.sequence.q_row + query] = lse;
 }
 
 // Rows that see no key: o = 0, lse = -inf or the sink.
@@ -201,7 +202,8 @@ struct Consumer {
   }
 
   // Hands blocks back unread that only other warpgroups see. Waiting for each keeps everyone within one round of the ring.
-  __device__ __forceinline__ void skip(tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages], tile::Ring<C.stages>& ring, int count) {
+  __device__ __forceinline__ void skip(tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages], tile::Ring<C.stages>& ring,
+                                       int count) {
 #pragma unroll 1
     for (; count > 0; --count, ring.advance()) {
       full[ring.stage()].wait(ring.parity());
@@ -221,7 +223,9 @@ struct Consumer {
 
   // Blocks of the tile to the right and to the left of this warpgroup's.
   __device__ __forceinline__ int blocks_before(const WorkItem<C.consumers>& item) { return uniform(item.all.end - item.part[part].end); }
-  __device__ __forceinline__ int blocks_behind(const WorkItem<C.consumers>& item) { return uniform(item.part[part].begin - item.all.begin); }
+  __device__ __forceinline__ int blocks_behind(const WorkItem<C.consumers>& item) {
+    return uniform(item.part[part].begin - item.all.begin);
+  }
 
   __device__ __forceinline__ void find_keys() {
     shared.k_full[keys.stage()].wait(keys.parity());
@@ -229,7 +233,8 @@ struct Consumer {
     keys.advance();
   }
 
-  // Finds the operands of the next tile's first block. Values are still held here, so it may only wait for keys that others can load without them: where a tile begins too far off, it leaves the pipeline to run empty.
+  // Finds the operands of the next tile's first block. Values are still held here, so it may only wait for keys that others can load
+  // without them: where a tile begins too far off, it leaves the pipeline to run empty.
   __device__ __forceinline__ void find_next(const WorkItem<C.consumers>& item) {
     const tile::Ring<kItems> following = items.next();
     shared.item_full[following.stage()].wait(following.parity());
@@ -345,7 +350,8 @@ struct Consumer {
       const bool inside = query < item.sequence.seqlen_q;
       const float lse2 = sum == 0 ? -INFINITY : max + log2f(sum);
       // A sum of 0 means that nothing was visible; NaN stays NaN.
-      tile::store_row<C.element>(o, r, sum == 0 ? 0 : shrink / sum, inside ? output_row<C>(params, item, query) : nullptr, params.head_dim_v);
+      tile::store_row<C.element>(o, r, sum == 0 ? 0 : shrink / sum, inside ? output_row<C>(params, item, query) : nullptr,
+                                 params.head_dim_v);
       if (inside && threadIdx.x % 4 == 0) store_lse<C>(params, item, query, lse2 * kLn2);
       if (masked) {
         // A value that is infinite or NaN times the 0 of a pair that is not visible is NaN: such rows are rare, and computed again.

@@ -39,8 +39,8 @@ struct ForwardParams {
   const float *alibi_slopes, *sink;  // null: none
   long long alibi_batch;
   long long window_left, window_right;
-  int batch, num_heads, group;         // group: query heads of one key/value head
-  int seqlen_q, seqlen_k;              // packed: upper bounds
+  int batch, num_heads, group;  // group: query heads of one key/value head
+  int seqlen_q, seqlen_k;       // packed: upper bounds
   int head_dim, head_dim_v;
   float scale, softcap;
   bool top_left;

@@ -3,7 +3,8 @@
 // memory: nothing to reset, and every run is alike. Units come in the order of the heads, so that CTAs that run together read the same
 // keys and values from L2:
 //   equal tiles (no mask, or a window)   one by one
-//   a causal mask                        in pairs of one long and one short tile, all equal work; of the last heads (params.paired_heads on)
+//   a causal mask                        in pairs of one long and one short tile, all equal work; of the last heads (params.paired_heads
+//   on)
 //                                        one by one and falling in size, which fills the end
 //   packed sequences                     in pairs, 32 sequences at a time, the longest first
 #pragma once
@@ -28,7 +29,7 @@ struct WorkItem {
 struct Schedule {
   int round = 0, second = -1;  // second: the tile that completes a pair
   int batch = 0, head = 0;
-  unsigned first = 0;  // packed: pairs before the chunk of sequences that the lanes hold
+  unsigned first = 0;                                                  // packed: pairs before the chunk of sequences that the lanes hold
   int chunk = -1, chunk_batch = 0, chunk_m_blocks = 0, chunk_end = 0;  // this lane's sequence, and the pairs up to its end
 
   // Packed: lane i holds the i-th longest sequence of the chunk.
@@ -106,7 +107,8 @@ struct Schedule {
       }
     }
     const int m_begin = m_block * kBlockM;
-    const Sequence sequence = sequence_of(batch, params.seqlen_q, params.seqlen_k, params.cu_seqlens_q, params.cu_seqlens_k, params.seqused_k);
+    const Sequence sequence =
+        sequence_of(batch, params.seqlen_q, params.seqlen_k, params.cu_seqlens_q, params.cu_seqlens_k, params.seqused_k);
     const Band band = make_band(sequence.seqlen_q, sequence.seqlen_k, params.window_left, params.window_right, params.top_left);
     if (lane == 0) {
       item.batch = batch;

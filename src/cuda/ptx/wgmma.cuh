@@ -25,8 +25,9 @@ constexpr uint32_t kSwizzled = 1u << 30 | 1024 >> 4;
 template <Element kElement, int kN>
 struct Wgmma;
 
-#define TW_D8(i) \
-  "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]), "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
+#define TW_D8(i)                                                                                                                          \
+  "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]), "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), \
+      "+f"(d[8 * i + 7])
 #define TW_D24 TW_D8(0), TW_D8(1), TW_D8(2)
 #define TW_D32 TW_D24, TW_D8(3)
 #define TW_D40 TW_D32, TW_D8(4)
@@ -47,37 +48,38 @@ struct Wgmma;
 #define TW_L80 TW_L64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define TW_L88 TW_L80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define TW_L96 TW_L88 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define TW_L128 \
-  TW_L96        \
-      ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define TW_L128                                                                                                                           \
+  TW_L96                                                                                                                                  \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%" \
+  "123,%124,%125,%126,%127"
 
 // r0 = N / 2 is the number of D's registers; r1.. follow it. The first operand behind D is %r0.
-#define TW_SS(n, type, r, r0, r1, r2, r3)                                                                                  \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #r2 ", 0;\nmov.b64 a, {%" #r0 ", %" #r3 "};\nmov.b64 b, {%" #r1 \
+#define TW_SS(n, type, r, r0, r1, r2, r3)                                                                                              \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #r2 ", 0;\nmov.b64 a, {%" #r0 ", %" #r3 "};\nmov.b64 b, {%" #r1   \
                ", %" #r3 "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r "}, a, b, p, 1, 1, 0, 0;\n}" \
-               : TW_D##r                                                                                                   \
+               : TW_D##r                                                                                                               \
                : "r"(a), "r"(b), "r"(accumulate), "n"(kSwizzled))
-#define TW_RS(n, type, r, r0, r1, r2, r3, r4, r5, r6)                                                                       \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #r5 ", 0;\nmov.b64 b, {%" #r4 ", %" #r6                   \
+#define TW_RS(n, type, r, r0, r1, r2, r3, r4, r5, r6)                                                                                  \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #r5 ", 0;\nmov.b64 b, {%" #r4 ", %" #r6                              \
                "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r "}, {%" #r0 ",%" #r1 ",%" #r2 ",%" #r3 \
-               "}, b, p, 1, 1, 1;\n}"                                                                                       \
-               : TW_D##r                                                                                                    \
+                                                                                                "}, b, p, 1, 1, 1;\n}"                 \
+               : TW_D##r                                                                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "n"(kSwizzled))
-#define TW_WGMMA(n, r, r0, r1, r2, r3, r4, r5, r6)                                                                                   \
-  template <Element kElement>                                                                                                     \
-  struct Wgmma<kElement, n> {                                                                                                     \
-    static __device__ __forceinline__ void ss(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {                            \
-      if constexpr (kElement == Element::kBFloat16)                                                                               \
-        TW_SS(n, "bf16", r, r0, r1, r2, r3);                                                                                          \
-      else                                                                                                                        \
-        TW_SS(n, "f16", r, r0, r1, r2, r3);                                                                                           \
-    }                                                                                                                             \
-    static __device__ __forceinline__ void rs(float (&d)[r], const uint32_t* a, uint32_t b, int accumulate) {                     \
-      if constexpr (kElement == Element::kBFloat16)                                                                               \
-        TW_RS(n, "bf16", r, r0, r1, r2, r3, r4, r5, r6);                                                                              \
-      else                                                                                                                        \
-        TW_RS(n, "f16", r, r0, r1, r2, r3, r4, r5, r6);                                                                               \
-    }                                                                                                                             \
+#define TW_WGMMA(n, r, r0, r1, r2, r3, r4, r5, r6)                                                            \
+  template <Element kElement>                                                                                 \
+  struct Wgmma<kElement, n> {                                                                                 \
+    static __device__ __forceinline__ void ss(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {        \
+      if constexpr (kElement == Element::kBFloat16)                                                           \
+        TW_SS(n, "bf16", r, r0, r1, r2, r3);                                                                  \
+      else                                                                                                    \
+        TW_SS(n, "f16", r, r0, r1, r2, r3);                                                                   \
+    }                                                                                                         \
+    static __device__ __forceinline__ void rs(float (&d)[r], const uint32_t* a, uint32_t b, int accumulate) { \
+      if constexpr (kElement == Element::kBFloat16)                                                           \
+        TW_RS(n, "bf16", r, r0, r1, r2, r3, r4, r5, r6);                                                      \
+      else                                                                                                    \
+        TW_RS(n, "f16", r, r0, r1, r2, r3, r4, r5, r6);                                                       \
+    }                                                                                                         \
   };
 TW_WGMMA(48, 24, 24, 25, 26, 27, 28, 29, 30)
 TW_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)

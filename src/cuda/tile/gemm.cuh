@@ -27,13 +27,15 @@ __device__ __forceinline__ void multiply_scores(float (&s)[kKeys / 2], const Q& 
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
     const int panel = step / 4, inside = step % 4 * 32;
-    ptx::Wgmma<kElement, kKeys>::ss(s, a + ((panel * Q::kPanelBytes + inside) >> 4), b + ((panel * K::kPanelBytes + inside) >> 4), step > 0);
+    ptx::Wgmma<kElement, kKeys>::ss(s, a + ((panel * Q::kPanelBytes + inside) >> 4), b + ((panel * K::kPanelBytes + inside) >> 4),
+                                    step > 0);
   }
 }
 
 // o (+)= p v for the kKeys rows of v from `key` on, with p in registers, packed as fragment.cuh says.
 template <ptx::Element kElement, int kWidth, int kKeys, class V>
-__device__ __forceinline__ void multiply_values(float (&o)[kWidth / 2], const uint32_t (&p)[kKeys / 4], const V& v, int key, bool accumulate) {
+__device__ __forceinline__ void multiply_values(float (&o)[kWidth / 2], const uint32_t (&p)[kKeys / 4], const V& v, int key,
+                                                bool accumulate) {
   static_assert(kKeys % 16 == 0 && kWidth <= V::kColumns);
   const uint32_t b = operand(v.bytes, V::kPanelBytes) + ((key * 128) >> 4);
 #pragma unroll

@@ -19,7 +19,8 @@ __device__ __forceinline__ void load_rows(T& tile, const void* map, Barrier& ful
 #pragma unroll
   for (int panel = 0; panel < T::kPanels; ++panel) {
     const int32_t at[5] = {panel * 64, late, first, head, batch};
-    ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, tile.bytes + panel * T::kPanelBytes, map, at, &full.state);
+    ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, tile.bytes + panel * T::kPanelBytes, map, at,
+                                      &full.state);
   }
 }
 

@@ -31,7 +31,8 @@ __device__ __forceinline__ float row_sum(float x) {
 
 // p = 2^(s * factor - shift), packed, and its sums of each row in this thread.
 template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void exponentials(const float (&s)[kCount], float factor, const float (&shift)[2], uint32_t (&p)[kCount / 2], float (&sum)[2]) {
+__device__ __forceinline__ void exponentials(const float (&s)[kCount], float factor, const float (&shift)[2], uint32_t (&p)[kCount / 2],
+                                             float (&sum)[2]) {
   float even[2] = {0, 0}, odd[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
@@ -59,9 +60,11 @@ __device__ __forceinline__ bool add_block_stale(Rows& rows, const float (&s)[kCo
   return true;
 }
 
-// Adds a block under the true maximum so far, for a factor above 0; `rescale` is what o must be multiplied by before the block's values are added.
+// Adds a block under the true maximum so far, for a factor above 0; `rescale` is what o must be multiplied by before the block's values are
+// added.
 template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void add_block_exact(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2], float (&rescale)[2]) {
+__device__ __forceinline__ void add_block_exact(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2],
+                                                float (&rescale)[2]) {
   float shift[2], sum[2], even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {

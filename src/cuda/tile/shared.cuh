@@ -1,5 +1,6 @@
 // A tile of rows in shared memory as the copy engine writes it and the tensor cores read it: columns of 64 elements (128 bytes) of
-// 16-bit type, each a stack of rows with their 16-byte units swizzled over 8 rows (the 128-byte swizzle). Tiles start at multiples of 1024 bytes.
+// 16-bit type, each a stack of rows with their 16-byte units swizzled over 8 rows (the 128-byte swizzle). Tiles start at multiples of 1024
+// bytes.
 #pragma once
 
 #include <cstdint>
