@@ -28,7 +28,7 @@ struct Explanation {
   std::string kernel;
   TilePlan tiles;
   std::vector<Candidate> candidates;
-  int64_t work_items = 0;                                       // (batch, head group, block of rows) with at least one row
+  int64_t work_items = 0;                                       // (batch, head group, block of rows; backward: block of keys)
   int64_t full_tiles = 0, masked_tiles = 0, skipped_tiles = 0;  // block_m x block_n tiles: no mask, mask applied, never touched
   TilePicture picture;
   double flops = 0;                                                              // useful: visible (query, key) pairs only

@@ -95,7 +95,9 @@ class Counter {
       seqlen_k_ = seqlen_k;
     }
     const double groups = times * static_cast<double>(p_.num_heads_kv), heads = times * static_cast<double>(p_.num_heads_q);
-    items_ += groups * counts_.items;
+    // Forward a unit takes a block of rows, backward a block of keys.
+    const double key_blocks = static_cast<double>(ceil_div(seqlen_k, e_.tiles.block_n));
+    items_ += groups * (p_.pass == Pass::kForward ? counts_.items : key_blocks);
     full_ += groups * counts_.full;
     masked_ += groups * counts_.masked;
     skipped_ += groups * counts_.skipped;

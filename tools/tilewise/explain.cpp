@@ -68,7 +68,8 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
 
   row("tiles", fmt::format("{} rows x {} keys, {} of the {} {}", e.tiles.block_m, e.tiles.block_n, bytes_text(e.tiles.desk_bytes),
                            bytes_text(device.desk_bytes), desk_name(device)));
-  row("", fmt::format("{} blocks of rows for {} {}", e.work_items, e.tiles.units, unit_name(device)));
+  row("",
+      fmt::format("{} blocks of {} for {} {}", e.work_items, p.pass == Pass::kForward ? "rows" : "keys", e.tiles.units, unit_name(device)));
   const auto glyph = glyphs();
   row("", fmt::format("{} full {}   {} masked {}   {} skipped {}", glyph[kFull], e.full_tiles, glyph[kMasked], e.masked_tiles,
                       glyph[kSkipped], e.skipped_tiles));
