@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Write the measured tables of README.md and docs/io.md, and the picture of README.md, from bench/results/<machine>.json.
+"""Write the measured tables of README.md and docs/io.md, and the picture of README.md, from bench/results/<machine>.json and, for
+the GPU's, nvidia-<gpu>-forward.json.
 
 Wants: Matplotlib (Debian: python3-matplotlib, for /usr/bin/python3).
 Usage: report.py [RESULTS.json]. A table stands between <!-- measured: NAME --> and <!-- end -->; the text around is untouched.
 """
 
+import json
 import pathlib
 import re
 import sys
@@ -12,7 +14,7 @@ import sys
 import plot
 import results
 
-SECTIONS = {"README.md": ("demo", "cpu"), "docs/io.md": ("traffic",)}
+SECTIONS = {"README.md": ("demo", "cpu", "gpu"), "docs/io.md": ("traffic",)}
 
 
 def table(head, rows):
@@ -83,9 +85,29 @@ def traffic(everything):
     return f"{table(head, rows)}\n\n`bench/traffic.py`, {run['versions']['valgrind']}: {source(everything, 'traffic')}."
 
 
+def gpu(everything):
+    run = everything["gpu"]
+    lengths, cells = [], {}
+    for row in run["rows"]:
+        if row["kind"] != "fwd":
+            continue
+        head_dim, mask, length = row["case"].split()[:3]
+        lengths += [length] if length not in lengths else []
+        cells.setdefault(f"{head_dim} {mask}", {})[length] = f"{row['tilewise']:.0f} ({row['ratio']:.2f})"
+    rows = [(case, *(by_length.get(length, "-") for length in lengths)) for case, by_length in cells.items()]
+    summary = run["summary"]["fwd"]
+    return (
+        f"{table(('bf16, forward', *lengths), rows)}\n\nTFLOP/s, and the ratio to the best peer; geometric mean of {summary['cases']} cases "
+        f"{summary['geomean']:.2f}, least {summary['lowest']:.2f}. `bench/gpu.sh`, {run['device']}, PyTorch {run['torch']}, {run['when']}."
+    )
+
+
 def main():
     everything = results.load(sys.argv[1] if len(sys.argv) > 1 else None)
-    made = {"demo": demo, "cpu": cpu, "traffic": traffic}
+    forward = sorted((results.ROOT / "bench/results").glob("nvidia-*-forward.json"))
+    if forward:
+        everything["gpu"] = json.loads(forward[-1].read_text())
+    made = {"demo": demo, "cpu": cpu, "gpu": gpu, "traffic": traffic}
     for name, sections in SECTIONS.items():
         path = results.ROOT / name
         text = path.read_text()
