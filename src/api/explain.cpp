@@ -120,12 +120,14 @@ class Counter {
     if (p_.pass == Pass::kForward) {
       // Products S = QK' and O = PV.
       e_.flops = 2 * pairs_ * (d + dv);
+      e_.least_bytes = q + o + lse + e * group_keys_ * (d + dv);
       e_.flash_bytes = q + o + lse + e * keys_read_ * (d + dv);
       // S is written and read, P is written and read; each query head's product reads its K and its V.
       e_.standard_bytes = q + o + e * head_keys_ * (d + dv) + 4 * e * scores_;
     } else {
       // Products S = QK', dP = dO V', dV = P' dO, dQ = dS K and dK = dS' Q.
       e_.flops = 2 * pairs_ * (3 * d + 2 * dv);
+      e_.least_bytes = 2 * q + 2 * o + lse + 2 * e * group_keys_ * (d + dv);
       // Before: o and do are read and delta is written. Then each block of keys stays on the desk once, with its dk and dv,
       // while the rows that see it pass by: q, do, lse and delta are read, the float32 sum of dq is read and written. That sum
       // is cleared before and read once more to be rounded to dq.

@@ -33,12 +33,18 @@ __global__ void __launch_bounds__(256, 1) multiply(int rounds, float* sink) {
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
-  float s[kProductKeys / 2];
+  const auto& q = operands.q[threadIdx.x / 128];
+  const uint32_t a = tile::operand(q.bytes, 16), b = tile::operand(operands.k.bytes, 16);
+  float s[kProductKeys / 2] = {};
   for (int round = 0; round < rounds; ++round) {
     ptx::wgmma_fence();
+    // Added up over the rounds: ptxas drops products whose results are overwritten, waits and volatile or not.
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      tile::multiply_scores<kElement, kProductDepth, kProductKeys>(s, operands.q[threadIdx.x / 128], operands.k, 0);
+    for (int step = 0; step < kProductDepth / 16; ++step) {
+      const int panel = step / 4, inside = step % 4 * 32;
+      ptx::Wgmma<kElement, kProductKeys>::ss(s, a + ((panel * q.kPanelBytes + inside) >> 4),
+                                             b + ((panel * operands.k.kPanelBytes + inside) >> 4), 1);
+    }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     tile::hold(s);
@@ -90,7 +96,7 @@ Result<Rates> measure_rates(const Device& device, DataType dtype) {
   if (Status status = status_of(cudaMalloc(&data, bytes + 256), "cudaMalloc"); !status.ok()) return status;
   float* sink = reinterpret_cast<float*>(static_cast<char*>(data) + bytes);
   const auto multiply_kernel = dtype == DataType::kBFloat16 ? multiply<ptx::Element::kBFloat16> : multiply<ptx::Element::kFloat16>;
-  constexpr int kShared = 2 * 64 * kProductDepth * 2 + kProductKeys * kProductDepth * 2, kRounds = 20000;
+  constexpr int kShared = 2 * 64 * kProductDepth * 2 + kProductKeys * kProductDepth * 2, kRounds = 80000;
   Rates rates;
   double multiplying = 0, reading = 0;
   cudaMemset(data, 1, bytes);
@@ -100,7 +106,7 @@ Result<Rates> measure_rates(const Device& device, DataType dtype) {
   cudaFree(data);
   if (!first.ok()) return first;
   if (!second.ok()) return second;
-  rates.flops_per_second = device.units * 2.0 * 4 * kRounds * kProductFlops / multiplying;
+  rates.flops_per_second = device.units * 2.0 * kRounds * kProductFlops / multiplying;
   rates.bytes_per_second = static_cast<double>(bytes) / reading;
   return rates;
 }

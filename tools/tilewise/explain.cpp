@@ -6,6 +6,7 @@
 #include <array>
 #include <clocale>
 #include <cstring>
+#include <utility>
 
 #include "tool.h"
 
@@ -33,16 +34,18 @@ struct Times {
   double standard_intensity;
 };
 
-Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
+Times times_of(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
   const double rows = static_cast<double>(p.seqlen_q * (p.num_heads_q / p.num_heads_kv)), keys = static_cast<double>(p.seqlen_k);
   const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
   const double d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
   const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
+  // On a GPU tiles that are read again come from its L2 cache, whose rate is far above the memory's.
+  const double moved = device.type == DeviceType::kCpu ? e.flash_bytes : e.least_bytes;
   return {e.flops / rates.flops_per_second,
-          e.flash_bytes / rates.bytes_per_second,
-          limit_seconds(e.flops, e.flash_bytes, rates),
-          limit_seconds(computed, e.flash_bytes, rates),
+          moved / rates.bytes_per_second,
+          limit_seconds(e.flops, e.least_bytes, rates),
+          limit_seconds(computed, moved, rates),
           limit_seconds(e.flops, e.standard_bytes, rates),
           e.standard_bytes > 0 ? e.flops / e.standard_bytes : 0};
 }
@@ -59,7 +62,7 @@ const char* unit_name(const Device& device) { return device.type == DeviceType::
 
 void print(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
   const auto row = [](const char* name, const std::string& text) { fmt::print("{:<11} {}\n", name, text); };
-  const Times times = times_of(p, e, rates);
+  const Times times = times_of(p, device, e, rates);
   row("problem", p.to_string());
   row("device", device_text(device));
   row("kernel", e.kernel);
@@ -97,7 +100,7 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
 }
 
 Json explanation_json(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
-  const Times times = times_of(p, e, rates);
+  const Times times = times_of(p, device, e, rates);
   Json candidates = Json::array(), lines = Json::array();
   for (const Candidate& candidate : e.candidates) candidates.push_back({{"name", candidate.name}, {"refusal", candidate.refusal}});
   for (const auto& cells : e.picture.rows) lines.push_back(line_of(e.picture, cells, std::string(".+#")));
@@ -169,11 +172,14 @@ void list_devices(bool as_json) {
       fmt::print("  {:<9} {}, {} {}, {} {}\n", "memory", bytes_text(device.memory_bytes), desk_name(device), bytes_text(device.desk_bytes),
                  cpu ? "L1" : "registers", bytes_text(device.near_bytes));
     }
+    bool first = true;
     for (const DataType dtype : kTypes) {
-      const Rates rates = rates_of(device, dtype);
+      const Result<Rates> measured = measure_rates(device, dtype);
+      if (!measured && measured.status().code() == StatusCode::kUnsupported) continue;
+      const Rates rates = require(measured);
       entry["rates"][dtype_name(dtype)] = {{"flops_per_second", rates.flops_per_second}, {"bytes_per_second", rates.bytes_per_second}};
       if (as_json) continue;
-      if (dtype == kTypes[0]) fmt::print("  {:<9} {}B/s reading, measured\n", "traffic", si_text(rates.bytes_per_second));
+      if (std::exchange(first, false)) fmt::print("  {:<9} {}B/s reading, measured\n", "traffic", si_text(rates.bytes_per_second));
       fmt::print("  {:<9} {}FLOP/s of multiply-add, measured\n", dtype_name(dtype), si_text(rates.flops_per_second));
     }
     list.push_back(entry);

@@ -109,7 +109,7 @@ void verify(const VerifyOptions& options) {
   if (options.fuzz > 0) {
     fmt::print("errors in units of standard attention's, geometric mean over the problems:\n");
     for (const auto& [name, r] : ratios)
-      fmt::print("  {:6} max {:.2f}   mean {:.2f}\n", name, std::exp(r.log_max / r.count), std::exp(r.log_mean / r.count));
+      if (r.count > 0) fmt::print("  {:6} max {:.2f}   mean {:.2f}\n", name, std::exp(r.log_max / r.count), std::exp(r.log_mean / r.count));
   }
   const size_t judged = cases.size() - static_cast<size_t>(refused);
   fmt::print("{} of {} problems agree with float64 on {}{}\n", judged - static_cast<size_t>(failed), judged, device_text(device),
