@@ -121,7 +121,7 @@ Params make_params(const Isa& isa, const Problem& p, const Device& device, const
   r.tile = p.pass == Pass::kForward ? forward_shape(isa, p, device) : backward_shape(isa, p, device);
   // As many blocks of keys at once as keep every thread busy, since each costs a buffer.
   const int64_t heads = std::max<int64_t>(p.batch * p.num_heads_kv, 1);
-  r.blocks_at_once = static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(2 * device.units, heads), 1, most_blocks(r)));
+  r.blocks_at_once = static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(device.units, heads), 1, most_blocks(r)));
   return r;
 }
 

@@ -327,6 +327,8 @@ TEST_F(Tool, AttendRefusesBadFilesAndKeepsTheOldOutput) {
   std::string twice = bytes;
   twice.replace(twice.find("\"k\":"), 3, "\"q\"");
   refuse(twice, "tensor \"q\" is given twice");
+  expect_refusal("attend in -o in", "output 'in' is the input file");
+  EXPECT_EQ(contents(file("in")), bytes);
   expect_refusal("attend none -o out", "none: No such file or directory");
   expect_refusal("attend . -o out", ".: not a regular file");
   expect_refusal("attend in -o no/out", "no/out cannot be written: No such file or directory");

@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <optional>
 
 #include "files.h"
@@ -219,6 +220,9 @@ void check_memory(const std::string& name, Problem problem, const Device& device
 }
 
 void attend(const AttendOptions& options) {
+  std::error_code unknown;
+  if (std::filesystem::equivalent(options.input, options.output, unknown))
+    throw Failure(kBadRequest, fmt::format("output '{}' is the input file, which would be lost", options.output));
   require(files::check_writable(options.output));
   const Device device = options.device.open();
   Input input(require(safetensors::File::open(options.input)), device);
