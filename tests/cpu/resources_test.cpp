@@ -19,8 +19,11 @@
 
 // Every allocation of this program passes here: its own, the C++ runtime's and OpenMP's.
 static std::atomic<int64_t> allocations{0};
-#if !defined(TW_SANITIZED) && defined(__GLIBC__)
+// Not with clang, whose OpenMP runtime allocates for every loop.
+#if !defined(TW_SANITIZED) && defined(__GLIBC__) && !defined(__clang__)
 #define TW_COUNTS_ALLOCATIONS 1
+// Others call these too: they must not be hidden as the rest of the program is.
+#pragma GCC visibility push(default)
 extern "C" {
 void* __libc_malloc(size_t);
 void* __libc_calloc(size_t, size_t);
@@ -37,6 +40,7 @@ int posix_memalign(void** memory, size_t alignment, size_t bytes) {
   return *memory ? 0 : ENOMEM;
 }
 }
+#pragma GCC visibility pop
 #endif
 
 namespace tilewise {
@@ -49,10 +53,10 @@ INSTANTIATE_TEST_SUITE_P(Isa, Resources, testing::ValuesIn(isas()), isa_name);
 
 TEST_P(Resources, RunAllocatesNothing) {
 #if !defined(TW_COUNTS_ALLOCATIONS)
-  GTEST_SKIP() << "allocations are not counted under a sanitizer";
+  GTEST_SKIP() << "allocations are not counted under a sanitizer or with clang's OpenMP runtime";
 #endif
   const int64_t before_any = allocations;
-  const std::vector<int> counted(100);
+  ::operator delete(::operator new(100));  // a call of its own: a compiler may leave out what a new expression would allocate
   ASSERT_GT(allocations, before_any) << "the counter does not count";
   for (const char* line :
        {"fwd b2 q100 k200 h4/2 d64 fp32 causal", "bwd b2 q100 k200 h4/2 d64 fp32 causal", "fwd b3 q50 h2 d40 bf16 packed tq90 tk90 sink",

@@ -343,7 +343,7 @@ TEST_F(Tool, BenchKnowsBeforeItRunsWhereItsFiguresCannotGo) {
   expect_refusal("bench q8 d8 --json no/figures", "no/figures cannot be written: No such file or directory");
   expect_refusal("bench q8 d8 --json .", ". cannot be written: not a regular file");
   store(file("figures"), "old");
-  const Outcome full = shell("(trap '' XFSZ; ulimit -f 0; " TW_TOOL " bench q64 d8 --rounds 1 --seconds 0 --json figures 2>&1) | cat");
+  const Outcome full = shell("(trap '' XFSZ; ulimit -f 2; " TW_TOOL " bench q64 d8 --rounds 1 --seconds 0 --json figures 2>&1) | cat");
   EXPECT_NE(full.out.find("tilewise: figures cannot be written: File too large"), std::string::npos) << full.out;
   EXPECT_EQ(contents(file("figures")), "old");
   for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::path(file("figures")).parent_path()))
