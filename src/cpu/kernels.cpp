@@ -149,7 +149,7 @@ Status check_lengths(const Problem& p, const Params& params) {
 // Calls work(item, scratch of this thread) for every item, in order of the items, each by whichever thread is free.
 template <class Work>
 void for_each_item(int64_t items, int threads, char* scratch, size_t scratch_bytes, Work work) {
-#pragma omp parallel num_threads(threads)  // always as many: another number would make OpenMP allocate its team anew
+#pragma omp parallel num_threads(threads)
   {
     char* mine = scratch + static_cast<size_t>(omp_get_thread_num()) * scratch_bytes;
 #pragma omp for schedule(dynamic, 1)
