@@ -133,7 +133,8 @@ __global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const
     hold(o);
     hold(p);
   }
-  for (int r = 0; r < 2; ++r) store_row<kBFloat16>(o, r, 1, out + (this_lane().row + 8 * r) * kWidth, kWidth);
+  const auto pair = [&](int i) { return ptx::pack<kBFloat16>(o[2 * i], o[2 * i + 1]); };
+  for (int r = 0; r < 2; ++r) store_row<kWidth / 4>(pair, r, out + (this_lane().row + 8 * r) * kWidth, kWidth);
 }
 
 template <int kKeys, int kDepth, int kWidth>
@@ -173,21 +174,25 @@ TEST_F(TileTest, ProductsD192) { check_products<64, 192, 192>(); }
 TEST_F(TileTest, ProductsD192x128) { check_products<64, 192, 128>(); }
 TEST_F(TileTest, ProductsD256) { check_products<64, 64, 256>(); }
 
-// Blocks of 32 keys per row, the first exact, the others stale where that holds; out: max, sum, and whether the block was taken stale.
+// Blocks of 32 keys per row, exact until every row of the warp has met a key, then under the old max; out: max, sum, and whether the block
+// went without a new max.
 __global__ void rows_kernel(const float* scores, int blocks, float* out) {
   Rows rows;
   rows.clear();
   const Lane lane = this_lane();
+  bool settled = false;
   for (int block = 0; block < blocks; ++block) {
     float s[16], rescale[2];
-    uint32_t p[8];
     for (int i = 0; i < 16; ++i) s[i] = scores[((block * 64) + lane.row + 8 * row_of(i)) * 32 + lane.column + column_of(i)];
-    const bool stale = block > 0 && add_block_stale<kBFloat16>(rows, s, 1, p);
-    if (!stale) add_block_exact<kBFloat16>(rows, s, 1, p, rescale);
+    bool kept = false;
+    if (settled)
+      kept = !add_block_stale(rows, s, 1, rescale);
+    else
+      settled = add_block_exact(rows, s, 1, rescale);
     for (int r = 0; r < 2; ++r) {
       float* row = out + (block * 64 + lane.row + 8 * r) * 3;
       const float sum = row_sum(rows.sum[r]);
-      if (lane.column == 0) row[0] = rows.max[r], row[1] = sum, row[2] = stale;
+      if (lane.column == 0) row[0] = rows.max[r], row[1] = sum, row[2] = kept;
     }
   }
 }
@@ -199,7 +204,8 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
     for (int i = 0; i < 64 * 32; ++i) {
       const int warp = i / 32 / 16;
       float x = static_cast<float>((i * 37 + block * 11) % 9) - 4;
-      if (block == 2 && warp == 1) x += 300;      // outgrows the old maximum beyond float
+      if (block == 2 && warp == 1) x += 100;      // outgrows the old maximum
+      if (block == 2 && warp == 3) x += 300;      // beyond float
       if (block < 2 && warp == 2) x = -INFINITY;  // sees nothing at first
       scores[block * 64 * 32 + i] = x;
     }
@@ -213,6 +219,8 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
       const float* state = &got[(block * 64 + row) * 3];
       if (sum == 0) {
         EXPECT_EQ(state[1], 0);
+      } else if (row / 16 == 3 && block >= 2) {
+        EXPECT_EQ(state[1], INFINITY);
       } else {
         EXPECT_NEAR(std::log2(sum), state[0] + std::log2(state[1]), 1e-4) << row << " " << block;
       }

@@ -32,12 +32,12 @@ struct ForwardShared {
   using Q = tile::Tile<64, C.head_dim>;
   using K = tile::Tile<C.block_n, C.head_dim>;
   using V = tile::Tile<C.block_n, C.head_dim_v>;
-  Q q[C.q_slots][C.consumers];
+  Q q[C.q_slots];
   K k[C.stages];
   V v[C.stages];
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots][C.consumers], q_empty[C.q_slots][C.consumers];
+  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots];
   tile::Barrier k_full[C.stages], k_empty[C.stages], v_full[C.stages], v_empty[C.stages];
 
   __device__ __forceinline__ void init_barriers() {
@@ -46,11 +46,10 @@ struct ForwardShared {
       item_full[i].init(32);
       item_empty[i].init(32 * kWarps + 2);  // and the loaders of keys and of values
     }
-    for (int i = 0; i < C.q_slots; ++i)
-      for (int j = 0; j < C.consumers; ++j) {
-        q_full[i][j].init(1);
-        q_empty[i][j].init(4);
-      }
+    for (int i = 0; i < C.q_slots; ++i) {
+      q_full[i].init(1);
+      q_empty[i].init(4);
+    }
     for (int i = 0; i < C.stages; ++i) {
       k_full[i].init(1);
       v_full[i].init(1);
@@ -69,24 +68,35 @@ template <ForwardConfig C>
 __device__ __forceinline__ void load_queries(const ForwardParams& params, ForwardShared<C>& shared) {
   const bool leader = threadIdx.x % 32 == 0;
   tile::Ring<kItems> items;
-  tile::Ring<C.q_slots> slots[C.consumers];
+  int slot = 0;
+  uint32_t parity = 0;
   Schedule schedule;
   for (bool more = true; more; items.advance()) {
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
     WorkItem<C.consumers>& item = shared.item[items.stage()];
     more = schedule.next(params, C.block_n, item);
+    __syncwarp();
+    // The slots go round all warpgroups that have work: which one a warpgroup gets is part of the item.
+    uint32_t ask[C.consumers];
+    int slots[C.consumers];
+#pragma unroll
+    for (int part = 0; part < C.consumers; ++part) {
+      ask[part] = more && item.part[part].begin < item.part[part].end;
+      slots[part] = slot | static_cast<int>(parity) << 8;
+      if (leader) item.q_slot[part] = slot, item.q_parity[part] = parity;
+      if (ask[part] && ++slot == C.q_slots) slot = 0, parity ^= 1;
+    }
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
     if (!more) break;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
-      if (item.part[part].begin >= item.part[part].end) continue;  // sees nothing and asks for nothing
-      const int stage = slots[part].stage(), row = item.m_begin + 64 * part;
-      shared.q_empty[stage][part].wait(slots[part].parity() ^ 1);
+      if (!ask[part]) continue;  // sees nothing and asks for nothing
+      const int stage = slots[part] & 255, row = item.m_begin + 64 * part;
+      shared.q_empty[stage].wait(slots[part] >> 8 ^ 1);
       if (leader)
-        tile::load_rows(shared.q[stage][part], &params.q_map, shared.q_full[stage][part], item.sequence.q_row + row,
-                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch);
-      slots[part].advance();
+        tile::load_rows(shared.q[stage], &params.q_map, shared.q_full[stage], item.sequence.q_row + row, item.sequence.seqlen_q - row,
+                        item.head, params.cu_seqlens_q ? 0 : item.batch);
     }
   }
 }
@@ -134,10 +144,10 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   for (int i = thread; i < rows; i += 128) store_lse<C>(params, item, begin + i, params.sink ? params.sink[item.head] : -INFINITY);
 }
 
-// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. `lse2` is its log2 of the sum. Every branch is
-// visibly uniform: one that is not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
+// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. Every branch is visibly uniform: one that is
+// not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
 template <ForwardConfig C>
-__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query, float lse2) {
+__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query) {
   const auto row_of = [&](const Elements& t, long long row, int head) {
     return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
   };
@@ -145,11 +155,13 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
   const int begin = uniform(first_key(item.band, query)), end = uniform(end_key(item.band, query));
   const uint16_t* q = row_of(params.q, item.sequence.q_row + query, item.head);
   const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] : 0;
+  float max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY, sum = params.sink ? 1 : 0;
+  // First the maximum and the sum, then 32 columns of o at a time.
 #pragma unroll 1
-  for (int columns = 0; columns < params.head_dim_v; columns += 32) {
+  for (int columns = -32; columns < params.head_dim_v; columns += 32) {
     const int column = columns + lane;
-    const bool inside = column < params.head_dim_v;
-    float sum = 0;
+    const bool inside = columns >= 0 && column < params.head_dim_v;
+    float o = 0;
 #pragma unroll 1
     for (int key = begin; key < end; ++key) {
       const uint16_t* k = row_of(params.k, item.sequence.k_row + key, item.head / params.group);
@@ -160,18 +172,27 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) score += __shfl_xor_sync(0xffffffff, score, distance);
       score = tile::modify(score * params.scale, params.softcap, slope * kLog2e, key - query - item.band.offset);
+      if (columns < 0) {
+        const float larger = fmaxf(max, score), shift = larger == -INFINITY ? 0 : larger;
+        sum = sum * ptx::exp2(max - shift) + ptx::exp2(score - shift);
+        max = larger;
+      }
       const uint16_t* v = row_of(params.v, item.sequence.k_row + key, item.head / params.group);
-      if (inside) sum += ptx::exp2(score - lse2) * ptx::to_float<C.element>(v[column]);
-      if (uniform(!__any_sync(0xffffffff, sum == sum))) break;
+      if (inside) o += ptx::exp2(score - max) * ptx::to_float<C.element>(v[column]);
+      if (uniform(!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o))) break;
     }
-    if (inside) output_row<C>(params, item, query)[column] = static_cast<uint16_t>(ptx::pack<C.element>(sum, 0));
+    if (columns < 0 && lane == 0) store_lse<C>(params, item, query, (max + log2f(sum)) * kLn2);
+    if (inside) output_row<C>(params, item, query)[column] = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
   }
 }
 
-// One warpgroup's pipeline. `ahead` issues scores one block ahead of the softmax; the members behind it follow.
+// One warpgroup's pipeline over the blocks of its tiles, one after the other as if they were one long row. In each step the scores of the
+// next block are issued, then the product of the present block's p with its values: while the tensor cores do both, and those of the other
+// warpgroups, the scores turn into exponentials. A finished tile is packed, and stored under the products of the following step.
 template <ForwardConfig C>
 struct Consumer {
   using Shared = ForwardShared<C>;
+  using Item = WorkItem<C.consumers>;
   static constexpr int kOutputs = C.head_dim_v / 2;
 
   const ForwardParams& params;
@@ -179,18 +200,20 @@ struct Consumer {
   const int part;  // which warpgroup
   const bool leader = threadIdx.x % 32 == 0;
 
-  float s[C.block_n / 2];
-  uint32_t p[C.block_n / 4];
+  float s[C.block_n / 2];      // scores of the next block, then its exponentials
+  uint32_t p[C.block_n / 4];   // exponentials of the present block
   float o[kOutputs];
-  tile::Rows rows;
+  uint32_t out[C.store_late ? kOutputs / 2 : 1];  // a finished tile
+  tile::Rows rows;             // of the tile that s belongs to
+  float factor;                // from scores to powers of two
+  float scale[2];              // from o to a finished tile
+  unsigned spoilt;             // rows of the finished tile that must be computed anew: bit 4 i + r is row i + 8 r of this warp
 
-  tile::Ring<kItems> items;       // the present tile
-  tile::Ring<C.q_slots> queries;  // its queries
-  tile::Ring<C.stages> keys;      // the block whose scores are issued next
-  tile::Ring<C.stages> values;    // the present block
-  bool primed;                    // the scores of the next block have been issued
-  int q_stage, k_stage;           // where its operands are
-  float factor;
+  tile::Ring<kItems> stored, items;  // the oldest tile that is not stored; the tile of s
+  tile::Ring<C.stages> keys, values;
+  int k_stage, q_slot;    // where the operands of s are
+  int block, blocks_end;  // of s: its block, which falls to blocks_end
+  bool settled;           // every row of this warp has met a key: its maximum may be kept
 
   // Each block's scores are issued by one warpgroup after the other, skipped blocks included, so that one's softmax runs under the
   // others' products: left alone, those who waited for the same keys stay in step and leave the tensor cores idle together.
@@ -222,9 +245,15 @@ struct Consumer {
   __device__ __forceinline__ void skip_values(int count) { skip(shared.v_full, shared.v_empty, values, count); }
 
   // Blocks of the tile to the right and to the left of this warpgroup's.
-  __device__ __forceinline__ int blocks_before(const WorkItem<C.consumers>& item) { return uniform(item.all.end - item.part[part].end); }
-  __device__ __forceinline__ int blocks_behind(const WorkItem<C.consumers>& item) {
-    return uniform(item.part[part].begin - item.all.begin);
+  __device__ __forceinline__ int blocks_before(const Item& item) { return uniform(item.all.end - item.part[part].end); }
+  __device__ __forceinline__ int blocks_behind(const Item& item) { return uniform(item.part[part].begin - item.all.begin); }
+
+  __device__ __forceinline__ bool has_work(const Item& item) {
+    return uniform(item.valid && item.part[part].begin < item.part[part].end);
+  }
+  __device__ __forceinline__ void release_item() {
+    shared.item_empty[stored.stage()].arrive();  // every lane, for what it has read
+    stored.advance();
   }
 
   __device__ __forceinline__ void find_keys() {
@@ -232,54 +261,40 @@ struct Consumer {
     k_stage = keys.stage();
     keys.advance();
   }
+  // Enters the tile at `items`, of which `before` blocks of keys are passed by.
+  __device__ __forceinline__ void enter(const Item& item, int before) {
+    skip_keys(before);
+    block = uniform(item.part[part].end) - 1;
+    blocks_end = uniform(item.part[part].begin);
+    q_slot = uniform(item.q_slot[part]);
+    shared.q_full[q_slot].wait(item.q_parity[part]);
+  }
 
-  // Finds the operands of the next tile's first block. Values are still held here, so it may only wait for keys that others can load
-  // without them: where a tile begins too far off, it leaves the pipeline to run empty.
-  __device__ __forceinline__ void find_next(const WorkItem<C.consumers>& item) {
+  // Enters the tile behind the present one, whose last values are still held here: so it may only wait for keys that others can load
+  // without them. Where a tile begins too far off, or there is none, false: the pipeline runs empty.
+  __device__ __forceinline__ bool enter_next() {
+    const Item& item = shared.item[items.stage()];
     const tile::Ring<kItems> following = items.next();
     shared.item_full[following.stage()].wait(following.parity());
-    const WorkItem<C.consumers>& next = shared.item[following.stage()];
-    const int gap = blocks_behind(item) + blocks_before(next);
-    primed = uniform(next.valid && next.part[part].begin < next.part[part].end) && gap < C.stages;
-    if (!primed) return;
-    skip_keys(gap);
-    const tile::Ring<C.q_slots> slot = queries.next();
-    shared.q_full[slot.stage()][part].wait(slot.parity());
-    q_stage = slot.stage();
-    find_keys();
+    const Item& next = shared.item[following.stage()];
+    const bool work = has_work(next);
+    const int gap = blocks_behind(item) + (work ? blocks_before(next) : 0);
+    if (!work || gap >= C.stages) return false;
+    items = following;
+    enter(next, gap);
+    return true;
   }
 
-  // Where there is no next block, the tensor cores multiply what lies at the last place and nobody looks at it: with a branch around
-  // them the compiler would not let them run while the softmax does.
-  __device__ __forceinline__ void issue_scores() {
-    tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_stage][part], shared.k[k_stage], 0);
-  }
-
-  // Starts the pipeline at the present tile.
-  __device__ __forceinline__ void prime(const WorkItem<C.consumers>& item) {
-    skip_keys(blocks_before(item));
-    q_stage = queries.stage();
-    shared.q_full[q_stage][part].wait(queries.parity());
-    find_keys();
-    primed = true;
-    take_turn();
-    ptx::wgmma_fence();
-    issue_scores();
-    ptx::wgmma_commit();
-    pass_turn();
-  }
-
-  // Whether the present tile has blocks for this warpgroup; waits until it is known.
-  __device__ __forceinline__ bool here_is_work() {
-    shared.item_full[items.stage()].wait(items.parity());
-    const WorkItem<C.consumers>& item = shared.item[items.stage()];
-    return uniform(item.valid && item.part[part].begin < item.part[part].end);
-  }
-  // Moves to the next tile with work, writing rows that see nothing on the way. False: no tile is left.
-  __device__ __forceinline__ bool find_work() {
-    while (!here_is_work()) {
-      const WorkItem<C.consumers>& item = shared.item[items.stage()];
-      if (!item.valid) return false;
+  // Enters the next tile with work when the pipeline is empty, writing rows that see nothing on the way. False: no tile is left.
+  __device__ __forceinline__ bool enter_first() {
+    for (;;) {
+      shared.item_full[items.stage()].wait(items.parity());
+      const Item& item = shared.item[items.stage()];
+      if (has_work(item)) {
+        enter(item, blocks_before(item));
+        return true;
+      }
+      if (!uniform(item.valid)) return false;
       write_empty<C>(params, item, part);
       const int blocks = uniform(item.all.end - item.all.begin);
 #pragma unroll 1
@@ -288,58 +303,37 @@ struct Consumer {
         skip_values(1);
       }
       release_item();
+      items = stored;
     }
-    return true;
-  }
-  __device__ __forceinline__ void release_item() {
-    shared.item_empty[items.stage()].arrive();  // every lane, for what it has read
-    items.advance();
   }
 
-  // A block, from scores in registers to o. `fresh`: the first of its tile, `last`: its last.
-  __device__ __forceinline__ void step(const WorkItem<C.consumers>& item, int key, bool edge, bool fresh, bool last) {
-    const int query = item.m_begin + 64 * part + tile::this_lane().row;
+  // Scores to exponentials. True: o must be multiplied by `rescale`.
+  __device__ __forceinline__ bool soften(const Item& item, float (&rescale)[2]) {
+    const int query = item.m_begin + 64 * part + tile::this_lane().row, key = block * C.block_n;
+    const BlockRange range = item.part[part];
     if constexpr (C.modified) {
       const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
       tile::modify_block(s, params.scale, params.softcap, slope, query + item.band.offset, key);
     }
-    if (edge) tile::mask_block(s, item.band, query, key);
-    if (fresh || !tile::add_block_stale<C.element>(rows, s, factor, p)) {
-      float rescale[2];
-      tile::add_block_exact<C.element>(rows, s, factor, p, rescale);
-      if (!fresh && __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1)) {
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[tile::row_of(i)];
-      }
-    }
-    if (last) find_next(item);
-    if (primed) take_turn();
-    ptx::wgmma_fence();
-    tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, !fresh);
-    ptx::wgmma_commit();
-    if (!last) find_keys();
-    ptx::wgmma_fence();
-    issue_scores();
-    ptx::wgmma_commit();
-    if (primed) pass_turn();
+    if (block < range.full_begin || block >= range.full_end) tile::mask_block(s, item.band, query, key);
+    if (!C.modified && settled) return tile::add_block_stale(rows, s, factor, rescale);
+    settled = tile::add_block_exact(rows, s, factor, rescale);
+    return true;
   }
 
-  // All that was issued is done.
-  __device__ __forceinline__ void wait() {
-    ptx::wgmma_wait<0>();
-    tile::hold(o);
-    tile::hold(s);
-    tile::hold(p);
+  // The quads of lanes for which `condition` holds anywhere, as bits of `spoilt`.
+  static __device__ __forceinline__ unsigned quads(bool condition, int r) {
+    unsigned lanes = __ballot_sync(0xffffffff, condition);
+    lanes |= lanes >> 1;
+    return ((lanes | lanes >> 2) & 0x11111111) << r;
   }
 
-  // o and lse of the finished tile. The scores of the next are on their way.
-  __device__ __forceinline__ void write(const WorkItem<C.consumers>& item) {
-    const int begin = item.m_begin + 64 * part + tile::this_lane().row;
-    const BlockRange range = item.part[part];
-    const bool masked = range.begin != range.full_begin || range.full_end != range.end;
+  // What is left of a tile's rows: lse, and the factor of o.
+  __device__ __forceinline__ void finish(const Item& item) {
+    spoilt = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = begin + 8 * r;
+      const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
       float sum = tile::row_sum(rows.sum[r]), max = rows.max[r], shrink = 1;
       if (params.sink) {
         const float sink = params.sink[item.head] * kLog2e, both = fmaxf(max, sink);
@@ -348,61 +342,130 @@ struct Consumer {
         max = both;
       }
       const bool inside = query < item.sequence.seqlen_q;
-      const float lse2 = sum == 0 ? -INFINITY : max + log2f(sum);
       // A sum of 0 means that nothing was visible; NaN stays NaN.
-      tile::store_row<C.element>(o, r, sum == 0 ? 0 : shrink / sum, inside ? output_row<C>(params, item, query) : nullptr,
-                                 params.head_dim_v);
-      if (inside && threadIdx.x % 4 == 0) store_lse<C>(params, item, query, lse2 * kLn2);
-      if (masked) {
-        // A value that is infinite or NaN times the 0 of a pair that is not visible is NaN: such rows are rare, and computed again.
+      scale[r] = sum == 0 ? 0 : shrink / sum;
+      if (inside && threadIdx.x % 4 == 0) store_lse<C>(params, item, query, sum == 0 ? -INFINITY : (max + log2f(sum)) * kLn2);
+      spoilt |= quads(inside && sum == INFINITY, r);
+    }
+  }
+
+  // A value that is infinite or NaN times the 0 of a pair that is not visible is NaN: such rows are rare, and computed anew.
+  __device__ __forceinline__ void find_spoilt(const Item& item) {
+    const BlockRange range = item.part[part];
+    if (uniform(range.begin != range.full_begin || range.full_end != range.end)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
         float product[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i)
           if (tile::row_of(i) == r) product[i / 4 % 4] = fmaf(o[i], 0, product[i / 4 % 4]);
-        unsigned spoilt = __ballot_sync(0xffffffff, product[0] + product[1] + product[2] + product[3] != 0 && inside && lse2 < INFINITY);
-#pragma unroll 1
-        while (uniform(static_cast<int>(spoilt)) != 0) {
-          const int lane = __ffs(static_cast<int>(spoilt)) - 1;
-          __syncwarp();  // the row has been stored
-          recompute_row<C>(params, item, __shfl_sync(0xffffffff, query, lane), __shfl_sync(0xffffffff, lse2, lane));
-          spoilt &= ~(0xfu << lane / 4 * 4);
-        }
+        const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
+        spoilt |= quads(product[0] + product[1] + product[2] + product[3] != 0 && scale[r] == scale[r] && query < item.sequence.seqlen_q, r);
       }
     }
+  }
+  // Pair i of the finished tile.
+  __device__ __forceinline__ uint32_t finished(int i) {
+    const float x = scale[tile::row_of(2 * i)];
+    return ptx::pack<C.element>(o[2 * i] * x, o[2 * i + 1] * x);
+  }
+
+  // Stores the finished tile, the oldest.
+  __device__ __forceinline__ void store() {
+    const Item& item = shared.item[stored.stage()];
+    const int first = item.m_begin + 64 * part + tile::this_lane().row;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = first + 8 * r;
+      uint16_t* row = query < item.sequence.seqlen_q ? output_row<C>(params, item, query) : nullptr;
+      if constexpr (C.store_late)
+        tile::store_row<kOutputs / 2>([this](int i) { return out[i]; }, r, row, params.head_dim_v);
+      else
+        tile::store_row<kOutputs / 2>([this](int i) { return finished(i); }, r, row, params.head_dim_v);
+    }
+#pragma unroll 1
+    for (; uniform(static_cast<int>(spoilt)) != 0; spoilt &= spoilt - 1) {
+      const int bit = __ffs(static_cast<int>(spoilt)) - 1;
+      __syncwarp();  // the row has been stored
+      recompute_row<C>(params, item, uniform(first) + bit / 4 + 8 * (bit & 1));
+    }
+    release_item();
   }
 
   __device__ __forceinline__ void run() {
     if (part == C.consumers - 1) pass_turn();
     factor = C.modified ? 1.f : params.scale * kLog2e;
     for (uint32_t& x : p) x = 0;
-    while (find_work()) {
-      prime(shared.item[items.stage()]);
-      do {
-        const WorkItem<C.consumers>& item = shared.item[items.stage()];
-        const BlockRange range = item.part[part];
-        const int blocks = uniform(range.end - range.begin);
+    bool filled = false, first = false, waiting = false;  // p holds a block, the first of its tile; out waits to be stored
+    for (;;) {
+      // Where the next scores come from. Where there are none, the tensor cores multiply what lies at the last place and nobody looks at
+      // it: with a branch around them the compiler would not let them run while the softmax does. So too the product of no block.
+      const bool ends = !filled || block == blocks_end;  // the present block is its tile's last
+      const int here = items.stage();
+      bool scores = true;
+      if (first && filled) skip_values(blocks_before(shared.item[here]));
+      if (!ends) {
+        --block;
+      } else if (filled) {
+        scores = enter_next();
+      } else if (waiting) {
+        scores = false;  // the pipeline runs empty
+      } else if (!enter_first()) {
+        return;
+      }
+      if (scores) find_keys();
+      if (filled) shared.v_full[values.stage()].wait(values.parity());
+      if (scores) take_turn();
+      ptx::wgmma_fence();
+      tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_slot], shared.k[k_stage], 0);
+      ptx::wgmma_commit();
+      tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, !first);
+      ptx::wgmma_commit();
+      if (scores) pass_turn();
+
+      if (waiting) {
+        store();
+        waiting = false;
+      }
+      if (ends && filled) finish(shared.item[here]);
+      if (ends) {
         rows.clear();
-        skip_values(blocks_before(item));
-        for (int done = 0; done < blocks; ++done) {
-          const bool last = done + 1 == blocks;
-          const int block = range.end - 1 - done, key = block * C.block_n;
-          const bool edge = block < range.full_begin || block >= range.full_end;
-          shared.v_full[values.stage()].wait(values.parity());
-          wait();
-          shared.k_empty[values.stage()].arrive_if(leader);
-          shared.q_empty[queries.stage()][part].arrive_if(leader && last);
-          step(item, key, edge, done == 0, last);
-          ptx::wgmma_wait<1>();  // the product with the values, which was issued before the last scores
-          shared.v_empty[values.stage()].arrive_if(leader);
-          values.advance();
+        settled = false;
+      }
+
+      ptx::wgmma_wait<1>();  // the scores
+      tile::hold(s);
+      shared.k_empty[k_stage].arrive_if(leader && scores);
+      shared.q_empty[q_slot].arrive_if(leader && scores && block == blocks_end);
+      float rescale[2];
+      const bool scaled = scores && soften(shared.item[items.stage()], rescale);
+
+      ptx::wgmma_wait<0>();
+      tile::hold(o);
+      tile::hold(p);
+      if (filled) {
+        shared.v_empty[values.stage()].arrive_if(leader);
+        values.advance();
+        if (ends) {
+          find_spoilt(shared.item[here]);
+          if constexpr (C.store_late) {
+#pragma unroll
+            for (int i = 0; i < kOutputs / 2; ++i) out[i] = finished(i);
+            waiting = true;
+          }
+          skip_values(blocks_behind(shared.item[here]));
+          if (!scores) skip_keys(blocks_behind(shared.item[here]));
+          if constexpr (!C.store_late) store();
+        } else if (scaled && __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1)) {
+#pragma unroll
+          for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[tile::row_of(i)];
         }
-        wait();
-        skip_values(blocks_behind(item));
-        if (!primed) skip_keys(blocks_behind(item));
-        queries.advance();
-        write(item);
-        release_item();
-      } while (primed);
+      }
+#pragma unroll
+      for (int i = 0; i < C.block_n / 4; ++i) p[i] = ptx::pack<C.element>(s[2 * i], s[2 * i + 1]);
+      if (!scores && !waiting) items = stored;
+      first = ends;
+      filled = scores;
     }
   }
 };

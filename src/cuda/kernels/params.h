@@ -15,7 +15,8 @@ struct ForwardConfig {
   int consumers;             // warpgroups of 64 queries
   int block_n;               // keys in a block
   int stages;                // of the ring of keys and of the ring of values
-  int q_slots;               // tiles of queries in shared memory per warpgroup
+  int q_slots;               // places for 64 queries in shared memory
+  bool store_late;           // a finished tile waits in registers until the next products are issued
   bool in_turn;              // warpgroups issue their products one after the other
   bool modified = false;     // softcap or ALiBi
   TW_HD constexpr int block_m() const { return 64 * consumers; }

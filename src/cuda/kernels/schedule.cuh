@@ -23,6 +23,8 @@ struct WorkItem {
   Sequence sequence;
   Band band;
   BlockRange all, part[kParts];  // key blocks that the tile, and each warpgroup's 64 rows of it, see
+  int q_slot[kParts];            // where the queries of a warpgroup that sees any are, and the phase of their barrier
+  uint32_t q_parity[kParts];
 };
 
 // Walks this CTA's tiles; all 32 lanes of one warp call it together.

@@ -1,8 +1,9 @@
 // Online softmax over one block of scores in registers, two rows a thread (fragment.cuh). Everything is in powers of two.
 //
 // A row's state is (max, sum) with the meaning sum_j 2^(s_j - max) so far. `max` need not be the largest score: any value that keeps
-// 2^(s - max) inside float and the operand type gives the same quotients o / sum, rounded alike. So a block is first tried with the old
-// max, which needs no maximum over its scores, and the partial sums tell whether that was allowed.
+// 2^(s - max) inside float and the operand type gives the same quotients o / sum, rounded alike. So a block is taken with the old max,
+// which needs no maximum over its scores; where the block's sum shows that a row has outgrown it, the exponentials, not the scores, are
+// scaled down. Only a row that grows by more than 2^117 within one block overflows: its sum then is infinite, and stays so.
 #pragma once
 
 #include "core/mask.h"
@@ -29,58 +30,78 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// p = 2^(s * factor - shift), packed, and its sums of each row in this thread.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void exponentials(const float (&s)[kCount], float factor, const float (&shift)[2], uint32_t (&p)[kCount / 2],
-                                             float (&sum)[2]) {
+// s = 2^(s * factor - shift), and its sums of each row in this thread.
+template <int kCount>
+__device__ __forceinline__ void exponentials(float (&s)[kCount], float factor, const float (&shift)[2], float (&sum)[2]) {
   float even[2] = {0, 0}, odd[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
     const int r = row_of(i);
-    const float x = ptx::exp2(fmaf(s[i], factor, -shift[r])), y = ptx::exp2(fmaf(s[i + 1], factor, -shift[r]));
-    even[r] += x;
-    odd[r] += y;
-    p[i / 2] = ptx::pack<kElement>(x, y);
+    s[i] = ptx::exp2(fmaf(s[i], factor, -shift[r]));
+    s[i + 1] = ptx::exp2(fmaf(s[i + 1], factor, -shift[r]));
+    even[r] += s[i];
+    odd[r] += s[i + 1];
   }
   sum[0] = even[0] + odd[0];
   sum[1] = even[1] + odd[1];
 }
 
-// The largest sum of a block with an old max: far from float16's 65504 and from overflow of o.
-constexpr float kLargestStaleSum = 1024;
-
-// Adds a block under the old max. False: some row of this warp outgrew it (or met a NaN) and nothing has been added.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ bool add_block_stale(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2]) {
-  float sum[2];
-  exponentials<kElement>(s, factor, rows.max, p, sum);
-  if (__any_sync(0xffffffff, !(sum[0] + sum[1] <= kLargestStaleSum))) return false;
-  rows.sum[0] += sum[0];
-  rows.sum[1] += sum[1];
-  return true;
-}
-
-// Adds a block under the true maximum so far, for a factor above 0; `rescale` is what o must be multiplied by before the block's values are
-// added.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void add_block_exact(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2],
-                                                float (&rescale)[2]) {
-  float shift[2], sum[2], even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
+template <int kCount>
+__device__ __forceinline__ void row_maxima(const float (&s)[kCount], float (&max)[2]) {
+  float even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
     even[row_of(i)] = fmaxf(even[row_of(i)], s[i]);
     odd[row_of(i)] = fmaxf(odd[row_of(i)], s[i + 1]);
   }
+  max[0] = row_max(fmaxf(even[0], odd[0]));
+  max[1] = row_max(fmaxf(even[1], odd[1]));
+}
+
+// The largest sum of a block with an old max: far from float16's 65504 and from overflow of o.
+constexpr float kLargestStaleSum = 1024;
+
+// Adds a block under the old max. Rows of a warp one of whose sums is too large, or NaN, are brought back to exponentials of at most 1;
+// true then, and o must be multiplied by `rescale` before the block's values are added.
+template <int kCount>
+__device__ __forceinline__ bool add_block_stale(Rows& rows, float (&s)[kCount], float factor, float (&rescale)[2]) {
+  float sum[2];
+  exponentials(s, factor, rows.max, sum);
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
+  if (!__any_sync(0xffffffff, !(sum[0] + sum[1] <= kLargestStaleSum))) return false;
+  float largest[2];
+  row_maxima(s, largest);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float max = fmaxf(rows.max[r], row_max(fmaxf(even[r], odd[r])) * factor);
+    // Consistent with the max as it is rounded.
+    const float max = largest[r] > 1 && largest[r] < INFINITY ? rows.max[r] + log2f(largest[r]) : rows.max[r];
+    rescale[r] = ptx::exp2(rows.max[r] - max);
+    rows.max[r] = max;
+    rows.sum[r] *= rescale[r];
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) s[i] *= rescale[row_of(i)];
+  return true;
+}
+
+// Adds a block under the true maximum so far, for a factor above 0; o must be multiplied by `rescale` before the block's values are added.
+// True: every row of this warp has met a key, and its max may be kept.
+template <int kCount>
+__device__ __forceinline__ bool add_block_exact(Rows& rows, float (&s)[kCount], float factor, float (&rescale)[2]) {
+  float shift[2], sum[2], largest[2];
+  row_maxima(s, largest);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float max = fmaxf(rows.max[r], largest[r] * factor);
     shift[r] = max == -INFINITY ? 0 : max;  // nothing visible yet: every 2^(-inf - 0) is 0
     rescale[r] = ptx::exp2(rows.max[r] - shift[r]);
     rows.max[r] = max;
   }
-  exponentials<kElement>(s, factor, shift, p, sum);
+  exponentials(s, factor, shift, sum);
 #pragma unroll
   for (int r = 0; r < 2; ++r) rows.sum[r] = rows.sum[r] * rescale[r] + sum[r];
+  return __all_sync(0xffffffff, rows.max[0] > -INFINITY && rows.max[1] > -INFINITY);
 }
 
 // Scores of pairs that are not visible become -inf. `query` is this thread's first row, `key` the block's first key.

@@ -21,18 +21,16 @@ __device__ __forceinline__ void transpose4(uint32_t (&x)[4], int t) {
   }
 }
 
-// Writes row r (0 or 1) of this thread's fragment, times `factor`, as kElement. `row` points to the row's first column; null: not written.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns) {
+// Writes row r (0 or 1) of this thread's fragment, whose kPairs packed pairs `pair` gives. `row` points to the row's first column; null: not
+// written.
+template <int kPairs, class Pair>
+__device__ __forceinline__ void store_row(const Pair& pair, int r, uint16_t* row, int columns) {
   const int t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
-  for (int group = 0; group < kCount / 16; ++group) {
+  for (int group = 0; group < kPairs / 8; ++group) {
     uint32_t run[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int i = 16 * group + 4 * j + 2 * r;
-      run[j] = ptx::pack<kElement>(x[i] * factor, x[i + 1] * factor);
-    }
+    for (int j = 0; j < 4; ++j) run[j] = pair(8 * group + 2 * j + r);
     transpose4(run, t);
     const int column = 32 * group + 8 * t;
     if (row && column < columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(run[0], run[1], run[2], run[3]);
