@@ -182,13 +182,19 @@ __global__ void rows_kernel(const float* scores, int blocks, float* out) {
   const Lane lane = this_lane();
   bool settled = false;
   for (int block = 0; block < blocks; ++block) {
-    float s[16], rescale[2];
+    float s[16];
     for (int i = 0; i < 16; ++i) s[i] = scores[((block * 64) + lane.row + 8 * row_of(i)) * 32 + lane.column + column_of(i)];
-    bool kept = false;
+    bool kept = settled;
     if (settled)
-      kept = !add_block_stale(rows, s, 1, rescale);
+      rows.keep();
     else
-      settled = add_block_exact(rows, s, 1, rescale);
+      settled = rows.raise(s, 1);
+    rows.exponentials<0, 8>(s, 1);
+    rows.exponentials<8, 16>(s, 1);
+    if (rows.outgrown()) {
+      rows.shrink(s);
+      kept = false;
+    }
     for (int r = 0; r < 2; ++r) {
       float* row = out + (block * 64 + lane.row + 8 * r) * 3;
       const float sum = row_sum(rows.sum[r]);
@@ -234,22 +240,29 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
   }
 }
 
+template <int kStages>
 __global__ void ring_kernel(int count, int* out) {
-  Ring<4> ring, far;
+  Ring<kStages> ring;
   for (int i = 0; i < count; ++i) ring.advance();
-  far.advance(count);
   out[0] = ring.stage();
   out[1] = ring.parity();
-  out[2] = far.stage();
-  out[3] = far.parity();
+  out[2] = ring.next().stage();
+  out[3] = ring.next().parity();
 }
 
-TEST_F(TileTest, RingWalksStagesAndParities) {
+template <int kStages>
+void check_ring() {
   const OnDevice<int> out(std::vector<int>(4));
   for (int count = 0; count < 20; ++count) {
-    ring_kernel<<<1, 1>>>(count, out.data);
-    EXPECT_EQ(out.get(), (std::vector<int>{count % 4, count / 4 % 2, count % 4, count / 4 % 2}));
+    ring_kernel<kStages><<<1, 1>>>(count, out.data);
+    const int next = count + 1;
+    EXPECT_EQ(out.get(), (std::vector<int>{count % kStages, count / kStages % 2, next % kStages, next / kStages % 2}));
   }
+}
+TEST_F(TileTest, RingWalksStagesAndParities) {
+  check_ring<2>();
+  check_ring<3>();
+  check_ring<4>();
 }
 
 }  // namespace

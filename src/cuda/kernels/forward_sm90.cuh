@@ -33,12 +33,12 @@ struct ForwardShared {
   using K = tile::Tile<C.block_n, C.head_dim>;
   using V = tile::Tile<C.block_n, C.head_dim_v>;
   Q q[C.q_slots];
-  K k[C.stages];
-  V v[C.stages];
+  K k[C.k_stages];
+  V v[C.v_stages];
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
   tile::Barrier q_full[C.q_slots], q_empty[C.q_slots];
-  tile::Barrier k_full[C.stages], k_empty[C.stages], v_full[C.stages], v_empty[C.stages];
+  tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
 
   __device__ __forceinline__ void init_barriers() {
     constexpr int kWarps = 4 * C.consumers;
@@ -50,10 +50,12 @@ struct ForwardShared {
       q_full[i].init(1);
       q_empty[i].init(4);
     }
-    for (int i = 0; i < C.stages; ++i) {
+    for (int i = 0; i < C.k_stages; ++i) {
       k_full[i].init(1);
-      v_full[i].init(1);
       k_empty[i].init(kWarps);
+    }
+    for (int i = 0; i < C.v_stages; ++i) {
+      v_full[i].init(1);
       v_empty[i].init(kWarps);
     }
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
@@ -102,12 +104,13 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
 }
 
 // Loads the blocks of keys or of values of every tile, right to left. One warp.
-template <ForwardConfig C, class T>
-__device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[C.stages],
-                                          const CUtensorMap& map, tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages]) {
+template <ForwardConfig C, class T, int kStages>
+__device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[kStages],
+                                          const CUtensorMap& map, tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages]) {
   if (threadIdx.x % 32 != 0) return;
+  int loaded = 0; (void)loaded;
   tile::Ring<kItems> items;
-  tile::Ring<C.stages> ring;
+  tile::Ring<kStages> ring;
   for (;; items.advance()) {
     shared.item_full[items.stage()].wait(items.parity());
     const WorkItem<C.consumers>& item = shared.item[items.stage()];
@@ -116,6 +119,11 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     for (int block = item.all.end - 1; block >= item.all.begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
       const int row = block * C.block_n;
+#ifdef X_NOLOAD
+      static_assert(true);
+      if (++loaded > kStages) full[ring.stage()].arrive();
+      else
+#endif
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch);
     }
     shared.item_empty[items.stage()].arrive();
@@ -210,7 +218,8 @@ struct Consumer {
   unsigned spoilt;             // rows of the finished tile that must be computed anew: bit 4 i + r is row i + 8 r of this warp
 
   tile::Ring<kItems> stored, items;  // the oldest tile that is not stored; the tile of s
-  tile::Ring<C.stages> keys, values;
+  tile::Ring<C.k_stages> keys;
+  tile::Ring<C.v_stages> values;
   int k_stage, q_slot;    // where the operands of s are
   int block, blocks_end;  // of s: its block, which falls to blocks_end
   bool settled;           // every row of this warp has met a key: its maximum may be kept
@@ -225,7 +234,8 @@ struct Consumer {
   }
 
   // Hands blocks back unread that only other warpgroups see. Waiting for each keeps everyone within one round of the ring.
-  __device__ __forceinline__ void skip(tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages], tile::Ring<C.stages>& ring,
+  template <int kStages>
+  __device__ __forceinline__ void skip(tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages], tile::Ring<kStages>& ring,
                                        int count) {
 #pragma unroll 1
     for (; count > 0; --count, ring.advance()) {
@@ -279,7 +289,7 @@ struct Consumer {
     const Item& next = shared.item[following.stage()];
     const bool work = has_work(next);
     const int gap = blocks_behind(item) + (work ? blocks_before(next) : 0);
-    if (!work || gap >= C.stages) return false;
+    if (!work || gap >= min_of(C.k_stages, C.v_stages)) return false;
     items = following;
     enter(next, gap);
     return true;
@@ -307,8 +317,8 @@ struct Consumer {
     }
   }
 
-  // Scores to exponentials. True: o must be multiplied by `rescale`.
-  __device__ __forceinline__ bool soften(const Item& item, float (&rescale)[2]) {
+  // Scores as they are exponentiated: modified, masked, and with a maximum where the old one will not do.
+  __device__ __forceinline__ void prepare(const Item& item) {
     const int query = item.m_begin + 64 * part + tile::this_lane().row, key = block * C.block_n;
     const BlockRange range = item.part[part];
     if constexpr (C.modified) {
@@ -316,9 +326,10 @@ struct Consumer {
       tile::modify_block(s, params.scale, params.softcap, slope, query + item.band.offset, key);
     }
     if (block < range.full_begin || block >= range.full_end) tile::mask_block(s, item.band, query, key);
-    if (!C.modified && settled) return tile::add_block_stale(rows, s, factor, rescale);
-    settled = tile::add_block_exact(rows, s, factor, rescale);
-    return true;
+    if (C.modified || !settled)
+      settled = rows.raise(s, factor);
+    else
+      rows.keep();
   }
 
   // The quads of lanes for which `condition` holds anywhere, as bits of `spoilt`.
@@ -392,6 +403,53 @@ struct Consumer {
     release_item();
   }
 
+  // Issues the scores of the next block and the product of the present one.
+  __device__ __forceinline__ void multiply(bool accumulate) {
+    ptx::wgmma_fence();
+    tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_slot], shared.k[k_stage], 0);
+    ptx::wgmma_commit();
+    tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, accumulate);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int i = 0; i < C.block_n / 4; ++i) p[i] = ptx::pack<C.element>(s[2 * i], s[2 * i + 1]);
+  }
+  __device__ __forceinline__ void rescale() {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) o[i] *= rows.rescale[tile::row_of(i)];
+  }
+
+  // Steps in the middle of a tile: nothing is masked, begins or ends. This is where the time goes.
+  __device__ __forceinline__ void middle(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      --block;
+      find_keys();
+      shared.v_full[values.stage()].wait(values.parity());
+      take_turn();
+      multiply(true);
+      pass_turn();
+      ptx::wgmma_wait<1>();
+      tile::hold(s);
+      shared.k_empty[k_stage].arrive_if(leader);
+      shared.q_empty[q_slot].arrive_if(leader && block == blocks_end);
+      rows.template exponentials<0, C.block_n / 2>(s, factor);
+      ptx::wgmma_wait<0>();
+      tile::hold(o);
+      tile::hold(p);
+      shared.v_empty[values.stage()].arrive_if(leader);
+      values.advance();
+      pack();
+      if (rows.outgrown()) {
+        rows.keep();
+        rows.shrink(s);
+        rescale();
+        pack();
+      }
+    }
+  }
+
   __device__ __forceinline__ void run() {
     if (part == C.consumers - 1) pass_turn();
     factor = C.modified ? 1.f : params.scale * kLog2e;
@@ -416,11 +474,7 @@ struct Consumer {
       if (scores) find_keys();
       if (filled) shared.v_full[values.stage()].wait(values.parity());
       if (scores) take_turn();
-      ptx::wgmma_fence();
-      tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_slot], shared.k[k_stage], 0);
-      ptx::wgmma_commit();
-      tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, !first);
-      ptx::wgmma_commit();
+      multiply(!first);
       if (scores) pass_turn();
 
       if (waiting) {
@@ -437,12 +491,17 @@ struct Consumer {
       tile::hold(s);
       shared.k_empty[k_stage].arrive_if(leader && scores);
       shared.q_empty[q_slot].arrive_if(leader && scores && block == blocks_end);
-      float rescale[2];
-      const bool scaled = scores && soften(shared.item[items.stage()], rescale);
+      if (scores) prepare(shared.item[items.stage()]);
+      rows.template exponentials<0, C.block_n / 2>(s, factor);
 
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<0>();  // the values
       tile::hold(o);
       tile::hold(p);
+      pack();
+      if (scores && rows.outgrown()) {
+        rows.shrink(s);
+        pack();
+      }
       if (filled) {
         shared.v_empty[values.stage()].arrive_if(leader);
         values.advance();
@@ -456,16 +515,19 @@ struct Consumer {
           skip_values(blocks_behind(shared.item[here]));
           if (!scores) skip_keys(blocks_behind(shared.item[here]));
           if constexpr (!C.store_late) store();
-        } else if (scaled && __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1)) {
-#pragma unroll
-          for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[tile::row_of(i)];
+        } else if (rows.moved()) {
+          rescale();
         }
       }
-#pragma unroll
-      for (int i = 0; i < C.block_n / 4; ++i) p[i] = ptx::pack<C.element>(s[2 * i], s[2 * i + 1]);
       if (!scores && !waiting) items = stored;
       first = ends;
       filled = scores;
+
+      if constexpr (!C.modified) {
+        // Up to the next block that is masked or its tile's last.
+        const BlockRange range = shared.item[items.stage()].part[part];
+        if (filled && !first && settled && block <= uniform(range.full_end)) middle(block - uniform(max_of(range.full_begin, range.begin)));
+      }
     }
   }
 };

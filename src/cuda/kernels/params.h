@@ -14,7 +14,7 @@ struct ForwardConfig {
   int head_dim, head_dim_v;  // largest; smaller ones are filled with zeros
   int consumers;             // warpgroups of 64 queries
   int block_n;               // keys in a block
-  int stages;                // of the ring of keys and of the ring of values
+  int k_stages, v_stages;    // blocks of keys and of values in shared memory
   int q_slots;               // places for 64 queries in shared memory
   bool store_late;           // a finished tile waits in registers until the next products are issued
   bool in_turn;              // warpgroups issue their products one after the other

@@ -35,14 +35,13 @@ struct Barrier {
   }
 };
 
-// One register, which counts.
+// One register, which counts two rounds of the ring.
 template <int kStages>
 struct Ring {
-  static_assert((kStages & (kStages - 1)) == 0, "a power of two: the loop over keys waits for this arithmetic");
   int position = 0;
-  __device__ __forceinline__ int stage() const { return position & (kStages - 1); }
-  __device__ __forceinline__ uint32_t parity() const { return position / kStages & 1; }
-  __device__ __forceinline__ void advance(int count = 1) { position = (position + count) & (2 * kStages - 1); }
+  __device__ __forceinline__ int stage() const { return position < kStages ? position : position - kStages; }
+  __device__ __forceinline__ uint32_t parity() const { return position >= kStages; }
+  __device__ __forceinline__ void advance() { position = position + 1 == 2 * kStages ? 0 : position + 1; }
   __device__ __forceinline__ Ring next() const {
     Ring ring = *this;
     ring.advance();

@@ -12,14 +12,6 @@
 
 namespace tilewise::tile {
 
-struct Rows {
-  float max[2], sum[2];  // sum: of this thread's columns only, until total()
-  __device__ __forceinline__ void clear() {
-    max[0] = max[1] = -INFINITY;
-    sum[0] = sum[1] = 0;
-  }
-};
-
 // Four of a row's threads sum or compare to one value.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
@@ -28,22 +20,6 @@ __device__ __forceinline__ float row_max(float x) {
 __device__ __forceinline__ float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffff, x, 1);
   return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
-
-// s = 2^(s * factor - shift), and its sums of each row in this thread.
-template <int kCount>
-__device__ __forceinline__ void exponentials(float (&s)[kCount], float factor, const float (&shift)[2], float (&sum)[2]) {
-  float even[2] = {0, 0}, odd[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
-    const int r = row_of(i);
-    s[i] = ptx::exp2(fmaf(s[i], factor, -shift[r]));
-    s[i + 1] = ptx::exp2(fmaf(s[i + 1], factor, -shift[r]));
-    even[r] += s[i];
-    odd[r] += s[i + 1];
-  }
-  sum[0] = even[0] + odd[0];
-  sum[1] = even[1] + odd[1];
 }
 
 template <int kCount>
@@ -61,48 +37,78 @@ __device__ __forceinline__ void row_maxima(const float (&s)[kCount], float (&max
 // The largest sum of a block with an old max: far from float16's 65504 and from overflow of o.
 constexpr float kLargestStaleSum = 1024;
 
-// Adds a block under the old max. Rows of a warp one of whose sums is too large, or NaN, are brought back to exponentials of at most 1;
-// true then, and o must be multiplied by `rescale` before the block's values are added.
-template <int kCount>
-__device__ __forceinline__ bool add_block_stale(Rows& rows, float (&s)[kCount], float factor, float (&rescale)[2]) {
-  float sum[2];
-  exponentials(s, factor, rows.max, sum);
-  rows.sum[0] += sum[0];
-  rows.sum[1] += sum[1];
-  if (!__any_sync(0xffffffff, !(sum[0] + sum[1] <= kLargestStaleSum))) return false;
-  float largest[2];
-  row_maxima(s, largest);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    // Consistent with the max as it is rounded.
-    const float max = largest[r] > 1 && largest[r] < INFINITY ? rows.max[r] + log2f(largest[r]) : rows.max[r];
-    rescale[r] = ptx::exp2(rows.max[r] - max);
-    rows.max[r] = max;
-    rows.sum[r] *= rescale[r];
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) s[i] *= rescale[row_of(i)];
-  return true;
-}
+// A block goes through raise() if it must, exponentials(), and, where then outgrown(), shrink().
+struct Rows {
+  float max[2], sum[2];  // sum: of this thread's columns only
+  float shift[2];        // max, or 0 where nothing is visible yet: every 2^(-inf - 0) is 0
+  float rescale[2];      // of the last block: what o must be multiplied by before the block's values are added
+  float block_sum[4];    // of the last block: even and odd columns of both rows
 
-// Adds a block under the true maximum so far, for a factor above 0; o must be multiplied by `rescale` before the block's values are added.
-// True: every row of this warp has met a key, and its max may be kept.
-template <int kCount>
-__device__ __forceinline__ bool add_block_exact(Rows& rows, float (&s)[kCount], float factor, float (&rescale)[2]) {
-  float shift[2], sum[2], largest[2];
-  row_maxima(s, largest);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float max = fmaxf(rows.max[r], largest[r] * factor);
-    shift[r] = max == -INFINITY ? 0 : max;  // nothing visible yet: every 2^(-inf - 0) is 0
-    rescale[r] = ptx::exp2(rows.max[r] - shift[r]);
-    rows.max[r] = max;
+  __device__ __forceinline__ void clear() {
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
   }
-  exponentials(s, factor, shift, sum);
+
+  // Takes the true maximum so far, for a factor above 0. True: every row of this warp has met a key, and its max may be kept.
+  template <int kCount>
+  __device__ __forceinline__ bool raise(const float (&s)[kCount], float factor) {
+    float largest[2];
+    row_maxima(s, largest);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) rows.sum[r] = rows.sum[r] * rescale[r] + sum[r];
-  return __all_sync(0xffffffff, rows.max[0] > -INFINITY && rows.max[1] > -INFINITY);
-}
+    for (int r = 0; r < 2; ++r) {
+      const float now = fmaxf(max[r], largest[r] * factor);
+      shift[r] = now == -INFINITY ? 0 : now;
+      rescale[r] = ptx::exp2(max[r] - shift[r]);
+      max[r] = now;
+      sum[r] *= rescale[r];
+    }
+    return __all_sync(0xffffffff, max[0] > -INFINITY && max[1] > -INFINITY);
+  }
+
+  // Keeps the old max.
+  __device__ __forceinline__ void keep() { rescale[0] = rescale[1] = 1; }
+
+  // s = 2^(s * factor - shift) for the scores from kBegin to kEnd, and their sums.
+  template <int kBegin, int kEnd, int kCount>
+  __device__ __forceinline__ void exponentials(float (&s)[kCount], float factor) {
+    if constexpr (kBegin == 0) block_sum[0] = block_sum[1] = block_sum[2] = block_sum[3] = 0;
+#pragma unroll
+    for (int i = kBegin; i < kEnd; ++i) {
+      s[i] = ptx::exp2(fmaf(s[i], factor, -shift[row_of(i)]));
+      block_sum[i & 3] += s[i];
+    }
+    if constexpr (kEnd == kCount) {
+      sum[0] += block_sum[0] + block_sum[1];
+      sum[1] += block_sum[2] + block_sum[3];
+    }
+  }
+
+  // Whether a sum of the last block is too large, or NaN, in any row of this warp.
+  __device__ __forceinline__ bool outgrown() const {
+    return __any_sync(0xffffffff, !(block_sum[0] + block_sum[1] + block_sum[2] + block_sum[3] <= kLargestStaleSum));
+  }
+
+  // Brings rows of exponentials above 1 back to at most 1.
+  template <int kCount>
+  __device__ __forceinline__ void shrink(float (&s)[kCount]) {
+    float largest[2];
+    row_maxima(s, largest);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Consistent with the max as it is rounded.
+      const float now = largest[r] > 1 && largest[r] < INFINITY ? shift[r] + log2f(largest[r]) : shift[r];
+      largest[r] = ptx::exp2(shift[r] - now);
+      sum[r] *= largest[r];
+      rescale[r] *= largest[r];
+      if (max[r] > -INFINITY) max[r] = shift[r] = now;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] *= largest[row_of(i)];
+  }
+
+  // Whether o must be rescaled in any row of this warp.
+  __device__ __forceinline__ bool moved() const { return __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1); }
+};
 
 // Scores of pairs that are not visible become -inf. `query` is this thread's first row, `key` the block's first key.
 template <int kCount>
