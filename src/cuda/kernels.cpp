@@ -133,6 +133,7 @@ Status launch_forward(int index, const Problem& p, const Device& device, const A
   if (Status status = make_tensor_map(map_source(a.q, bfloat16), 64, r.q_map); !status.ok()) return status;
   if (Status status = make_tensor_map(map_source(a.k, bfloat16), row.config.block_n, r.k_map); !status.ok()) return status;
   if (Status status = make_tensor_map(map_source(a.v, bfloat16), row.config.block_n, r.v_map); !status.ok()) return status;
+  if (Status status = make_tensor_map(map_source(a.o, bfloat16), 64, r.o_map); !status.ok()) return status;
   r.q = elements(a.q);
   r.k = elements(a.k);
   r.v = elements(a.v);

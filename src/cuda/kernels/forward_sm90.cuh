@@ -32,23 +32,29 @@ struct ForwardShared {
   using Q = tile::Tile<64, C.head_dim>;
   using K = tile::Tile<C.block_n, C.head_dim>;
   using V = tile::Tile<C.block_n, C.head_dim_v>;
+  using O = tile::Tile<64, C.head_dim_v>;
   Q q[C.q_slots];
   K k[C.k_stages];
   V v[C.v_stages];
+  O o[C.o_slots];
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots];
+  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.o_slots], o_empty[C.o_slots];
   tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
 
   __device__ __forceinline__ void init_barriers() {
     constexpr int kWarps = 4 * C.consumers;
     for (int i = 0; i < kItems; ++i) {
       item_full[i].init(32);
-      item_empty[i].init(32 * kWarps + 2);  // and the loaders of keys and of values
+      item_empty[i].init(32 * kWarps + 3);  // and the loaders of keys and of values, and who stores
     }
     for (int i = 0; i < C.q_slots; ++i) {
       q_full[i].init(1);
       q_empty[i].init(4);
+    }
+    for (int i = 0; i < C.o_slots; ++i) {
+      o_full[i].init(4);
+      o_empty[i].init(1);
     }
     for (int i = 0; i < C.k_stages; ++i) {
       k_full[i].init(1);
@@ -70,35 +76,35 @@ template <ForwardConfig C>
 __device__ __forceinline__ void load_queries(const ForwardParams& params, ForwardShared<C>& shared) {
   const bool leader = threadIdx.x % 32 == 0;
   tile::Ring<kItems> items;
-  int slot = 0;
-  uint32_t parity = 0;
+  tile::Ring<C.q_slots> q_ring;
+  tile::Ring<C.o_slots> o_ring;
   Schedule schedule;
   for (bool more = true; more; items.advance()) {
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
     WorkItem<C.consumers>& item = shared.item[items.stage()];
     more = schedule.next(params, C.block_n, item);
-    __syncwarp();
-    // The slots go round all warpgroups that have work: which one a warpgroup gets is part of the item.
-    uint32_t ask[C.consumers];
-    int slots[C.consumers];
+    // Places for queries and for finished tiles go round all warpgroups that have work: which ones a warpgroup gets is part of the item.
+    const tile::Ring<C.q_slots> first = q_ring;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
-      ask[part] = more && item.part[part].begin < item.part[part].end;
-      slots[part] = slot | static_cast<int>(parity) << 8;
-      if (leader) item.q_slot[part] = slot, item.q_parity[part] = parity;
-      if (ask[part] && ++slot == C.q_slots) slot = 0, parity ^= 1;
+      if (leader) item.part[part].q_place = q_ring.position, item.part[part].o_place = o_ring.position;
+      if (!more || item.part[part].empty()) continue;
+      q_ring.advance();
+      o_ring.advance();
     }
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
     if (!more) break;
+    q_ring = first;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
-      if (!ask[part]) continue;  // sees nothing and asks for nothing
-      const int stage = slots[part] & 255, row = item.m_begin + 64 * part;
-      shared.q_empty[stage].wait(slots[part] >> 8 ^ 1);
+      if (item.part[part].empty()) continue;  // sees nothing and asks for nothing
+      const int row = item.m_begin + 64 * part;
+      shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
       if (leader)
-        tile::load_rows(shared.q[stage], &params.q_map, shared.q_full[stage], item.sequence.q_row + row, item.sequence.seqlen_q - row,
-                        item.head, params.cu_seqlens_q ? 0 : item.batch);
+        tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], item.sequence.q_row + row,
+                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch);
+      q_ring.advance();
     }
   }
 }
@@ -116,7 +122,7 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     const WorkItem<C.consumers>& item = shared.item[items.stage()];
     if (!item.valid) return;
     const int batch = params.cu_seqlens_k ? 0 : item.batch, head = item.head / params.group;
-    for (int block = item.all.end - 1; block >= item.all.begin; --block, ring.advance()) {
+    for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
       const int row = block * C.block_n;
 #ifdef X_NOLOAD
@@ -125,6 +131,27 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
       else
 #endif
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch);
+    }
+    shared.item_empty[items.stage()].arrive();
+  }
+}
+
+// Stores finished tiles. One warp.
+template <ForwardConfig C>
+__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
+  if (threadIdx.x % 32 != 0) return;
+  for (tile::Ring<kItems> items;; items.advance()) {
+    shared.item_full[items.stage()].wait(items.parity());
+    const WorkItem<C.consumers>& item = shared.item[items.stage()];
+    if (!item.valid) return;
+    for (int part = 0; part < C.consumers; ++part) {
+      if (item.part[part].empty()) continue;
+      const tile::Ring<C.o_slots> ring{item.part[part].o_place};
+      const int row = item.m_begin + 64 * part;
+      shared.o_full[ring.stage()].wait(ring.parity());
+      tile::store_rows(shared.o[ring.stage()], &params.o_map, item.sequence.q_row + row, item.sequence.seqlen_q - row, item.head,
+                       params.cu_seqlens_q ? 0 : item.batch);
+      shared.o_empty[ring.stage()].arrive();
     }
     shared.item_empty[items.stage()].arrive();
   }
@@ -155,7 +182,8 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
 // A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. Every branch is visibly uniform: one that is
 // not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
 template <ForwardConfig C>
-__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query) {
+__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query,
+                                              typename ForwardShared<C>::O& tile) {
   const auto row_of = [&](const Elements& t, long long row, int head) {
     return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
   };
@@ -190,13 +218,13 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
       if (uniform(!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o))) break;
     }
     if (columns < 0 && lane == 0) store_lse<C>(params, item, query, (max + log2f(sum)) * kLn2);
-    if (inside) output_row<C>(params, item, query)[column] = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
+    if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
   }
 }
 
 // One warpgroup's pipeline over the blocks of its tiles, one after the other as if they were one long row. In each step the scores of the
 // next block are issued, then the product of the present block's p with its values: while the tensor cores do both, and those of the other
-// warpgroups, the scores turn into exponentials. A finished tile is packed, and stored under the products of the following step.
+// warpgroups, the scores turn into exponentials. What else there is to do is done behind the issue of scores, while they are multiplied.
 template <ForwardConfig C>
 struct Consumer {
   using Shared = ForwardShared<C>;
@@ -208,21 +236,21 @@ struct Consumer {
   const int part;  // which warpgroup
   const bool leader = threadIdx.x % 32 == 0;
 
-  float s[C.block_n / 2];      // scores of the next block, then its exponentials
-  uint32_t p[C.block_n / 4];   // exponentials of the present block
+  float s[C.block_n / 2];     // scores of the next block, then its exponentials
+  uint32_t p[C.block_n / 4];  // exponentials of the present block
   float o[kOutputs];
-  uint32_t out[C.store_late ? kOutputs / 2 : 1];  // a finished tile
-  tile::Rows rows;             // of the tile that s belongs to
-  float factor;                // from scores to powers of two
-  float scale[2];              // from o to a finished tile
-  unsigned spoilt;             // rows of the finished tile that must be computed anew: bit 4 i + r is row i + 8 r of this warp
+  tile::Rows rows;  // of the tile that s belongs to
+  float factor;     // from scores to powers of two
+  bool settled;     // every row of this warp has met a key: its maximum may be kept
 
-  tile::Ring<kItems> stored, items;  // the oldest tile that is not stored; the tile of s
+  tile::Ring<kItems> items;  // the tile of s
   tile::Ring<C.k_stages> keys;
   tile::Ring<C.v_stages> values;
-  int k_stage, q_slot;    // where the operands of s are
-  int block, blocks_end;  // of s: its block, which falls to blocks_end
-  bool settled;           // every row of this warp has met a key: its maximum may be kept
+  int k_stage, q_stage;             // where the operands of s are
+  int block;                        // of s, falling to `begin`
+  int begin, full_begin, full_end;  // of its tile
+  bool accumulate;                  // the present block is not its tile's first
+  bool present;                     // there is one
 
   // Each block's scores are issued by one warpgroup after the other, skipped blocks included, so that one's softmax runs under the
   // others' products: left alone, those who waited for the same keys stay in step and leave the tensor cores idle together.
@@ -254,162 +282,79 @@ struct Consumer {
   }
   __device__ __forceinline__ void skip_values(int count) { skip(shared.v_full, shared.v_empty, values, count); }
 
-  // Blocks of the tile to the right and to the left of this warpgroup's.
-  __device__ __forceinline__ int blocks_before(const Item& item) { return uniform(item.all.end - item.part[part].end); }
-  __device__ __forceinline__ int blocks_behind(const Item& item) { return uniform(item.part[part].begin - item.all.begin); }
-
-  __device__ __forceinline__ bool has_work(const Item& item) {
-    return uniform(item.valid && item.part[part].begin < item.part[part].end);
-  }
-  __device__ __forceinline__ void release_item() {
-    shared.item_empty[stored.stage()].arrive();  // every lane, for what it has read
-    stored.advance();
-  }
-
   __device__ __forceinline__ void find_keys() {
     shared.k_full[keys.stage()].wait(keys.parity());
     k_stage = keys.stage();
     keys.advance();
   }
-  // Enters the tile at `items`, of which `before` blocks of keys are passed by.
-  __device__ __forceinline__ void enter(const Item& item, int before) {
-    skip_keys(before);
-    block = uniform(item.part[part].end) - 1;
-    blocks_end = uniform(item.part[part].begin);
-    q_slot = uniform(item.q_slot[part]);
-    shared.q_full[q_slot].wait(item.q_parity[part]);
+  // Enters the tile at `items`, `gap` blocks of keys away.
+  __device__ __forceinline__ void enter(const typename Item::Part& own, int gap) {
+    block = uniform(own.end) - 1;
+    begin = uniform(own.begin);
+    full_begin = uniform(own.full_begin);
+    full_end = uniform(own.full_end);
+    const tile::Ring<C.q_slots> place{uniform(own.q_place)};
+    q_stage = place.stage();
+    if (gap > 0) skip_keys(gap);
+    shared.q_full[q_stage].wait(place.parity());
+    find_keys();
   }
-
   // Enters the tile behind the present one, whose last values are still held here: so it may only wait for keys that others can load
   // without them. Where a tile begins too far off, or there is none, false: the pipeline runs empty.
   __device__ __forceinline__ bool enter_next() {
-    const Item& item = shared.item[items.stage()];
     const tile::Ring<kItems> following = items.next();
     shared.item_full[following.stage()].wait(following.parity());
     const Item& next = shared.item[following.stage()];
-    const bool work = has_work(next);
-    const int gap = blocks_behind(item) + (work ? blocks_before(next) : 0);
-    if (!work || gap >= min_of(C.k_stages, C.v_stages)) return false;
+    const typename Item::Part own = next.part[part];
+    const int gap = uniform(shared.item[items.stage()].part[part].behind + own.before);
+    if (!uniform(next.valid && !own.empty()) || gap >= min_of(C.k_stages, C.v_stages)) return false;
     items = following;
-    enter(next, gap);
+    enter(own, gap);
     return true;
   }
-
   // Enters the next tile with work when the pipeline is empty, writing rows that see nothing on the way. False: no tile is left.
   __device__ __forceinline__ bool enter_first() {
-    for (;;) {
+    for (;; items.advance()) {
       shared.item_full[items.stage()].wait(items.parity());
       const Item& item = shared.item[items.stage()];
-      if (has_work(item)) {
-        enter(item, blocks_before(item));
+      const typename Item::Part own = item.part[part];
+      if (!uniform(item.valid)) return false;
+      if (uniform(!own.empty())) {
+        enter(own, uniform(own.before));
         return true;
       }
-      if (!uniform(item.valid)) return false;
       write_empty<C>(params, item, part);
-      const int blocks = uniform(item.all.end - item.all.begin);
 #pragma unroll 1
-      for (int i = 0; i < blocks; ++i) {
+      for (int i = uniform(own.before); i > 0; --i) {
         skip_keys(1);
         skip_values(1);
       }
-      release_item();
-      items = stored;
+      shared.item_empty[items.stage()].arrive();  // every lane, for what it has read
     }
   }
 
-  // Scores as they are exponentiated: modified, masked, and with a maximum where the old one will not do.
-  __device__ __forceinline__ void prepare(const Item& item) {
-    const int query = item.m_begin + 64 * part + tile::this_lane().row, key = block * C.block_n;
-    const BlockRange range = item.part[part];
-    if constexpr (C.modified) {
-      const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
-      tile::modify_block(s, params.scale, params.softcap, slope, query + item.band.offset, key);
-    }
-    if (block < range.full_begin || block >= range.full_end) tile::mask_block(s, item.band, query, key);
-    if (C.modified || !settled)
-      settled = rows.raise(s, factor);
-    else
-      rows.keep();
-  }
-
-  // The quads of lanes for which `condition` holds anywhere, as bits of `spoilt`.
-  static __device__ __forceinline__ unsigned quads(bool condition, int r) {
-    unsigned lanes = __ballot_sync(0xffffffff, condition);
-    lanes |= lanes >> 1;
-    return ((lanes | lanes >> 2) & 0x11111111) << r;
-  }
-
-  // What is left of a tile's rows: lse, and the factor of o.
-  __device__ __forceinline__ void finish(const Item& item) {
-    spoilt = 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
-      float sum = tile::row_sum(rows.sum[r]), max = rows.max[r], shrink = 1;
-      if (params.sink) {
-        const float sink = params.sink[item.head] * kLog2e, both = fmaxf(max, sink);
-        shrink = both == -INFINITY ? 0 : ptx::exp2(max - both);
-        sum = both == -INFINITY ? 0 : sum * shrink + ptx::exp2(sink - both);
-        max = both;
-      }
-      const bool inside = query < item.sequence.seqlen_q;
-      // A sum of 0 means that nothing was visible; NaN stays NaN.
-      scale[r] = sum == 0 ? 0 : shrink / sum;
-      if (inside && threadIdx.x % 4 == 0) store_lse<C>(params, item, query, sum == 0 ? -INFINITY : (max + log2f(sum)) * kLn2);
-      spoilt |= quads(inside && sum == INFINITY, r);
-    }
-  }
-
-  // A value that is infinite or NaN times the 0 of a pair that is not visible is NaN: such rows are rare, and computed anew.
-  __device__ __forceinline__ void find_spoilt(const Item& item) {
-    const BlockRange range = item.part[part];
-    if (uniform(range.begin != range.full_begin || range.full_end != range.end)) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float product[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i)
-          if (tile::row_of(i) == r) product[i / 4 % 4] = fmaf(o[i], 0, product[i / 4 % 4]);
-        const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
-        spoilt |= quads(product[0] + product[1] + product[2] + product[3] != 0 && scale[r] == scale[r] && query < item.sequence.seqlen_q, r);
-      }
-    }
-  }
-  // Pair i of the finished tile.
-  __device__ __forceinline__ uint32_t finished(int i) {
-    const float x = scale[tile::row_of(2 * i)];
-    return ptx::pack<C.element>(o[2 * i] * x, o[2 * i + 1] * x);
-  }
-
-  // Stores the finished tile, the oldest.
-  __device__ __forceinline__ void store() {
-    const Item& item = shared.item[stored.stage()];
-    const int first = item.m_begin + 64 * part + tile::this_lane().row;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = first + 8 * r;
-      uint16_t* row = query < item.sequence.seqlen_q ? output_row<C>(params, item, query) : nullptr;
-      if constexpr (C.store_late)
-        tile::store_row<kOutputs / 2>([this](int i) { return out[i]; }, r, row, params.head_dim_v);
-      else
-        tile::store_row<kOutputs / 2>([this](int i) { return finished(i); }, r, row, params.head_dim_v);
-    }
-#pragma unroll 1
-    for (; uniform(static_cast<int>(spoilt)) != 0; spoilt &= spoilt - 1) {
-      const int bit = __ffs(static_cast<int>(spoilt)) - 1;
-      __syncwarp();  // the row has been stored
-      recompute_row<C>(params, item, uniform(first) + bit / 4 + 8 * (bit & 1));
-    }
-    release_item();
-  }
-
-  // Issues the scores of the next block and the product of the present one.
-  __device__ __forceinline__ void multiply(bool accumulate) {
+  __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_slot], shared.k[k_stage], 0);
+    tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_stage], shared.k[k_stage], 0);
     ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_values() {
+    ptx::wgmma_fence();
     tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, accumulate);
     ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void wait_scores(bool valid) {
+    ptx::wgmma_wait<1>();
+    tile::hold(s);
+    shared.k_empty[k_stage].arrive_if(leader && valid);
+    shared.q_empty[q_stage].arrive_if(leader && valid && block == begin);
+  }
+  __device__ __forceinline__ void wait_values(bool valid) {
+    ptx::wgmma_wait<0>();
+    tile::hold(o);
+    tile::hold(p);
+    shared.v_empty[values.stage()].arrive_if(leader && valid);
+    if (valid) values.advance();
   }
   __device__ __forceinline__ void pack() {
 #pragma unroll
@@ -420,26 +365,35 @@ struct Consumer {
     for (int i = 0; i < kOutputs; ++i) o[i] *= rows.rescale[tile::row_of(i)];
   }
 
-  // Steps in the middle of a tile: nothing is masked, begins or ends. This is where the time goes.
-  __device__ __forceinline__ void middle(int count) {
+  // Scores as they are exponentiated: modified, masked, and with a maximum where the old one will not do.
+  __device__ __forceinline__ void prepare() {
+    const Item& item = shared.item[items.stage()];
+    const int query = item.m_begin + 64 * part + tile::this_lane().row, key = block * C.block_n;
+    if constexpr (C.modified) {
+      const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
+      tile::modify_block(s, params.scale, params.softcap, slope, query + item.band.offset, key);
+    }
+    if (block < full_begin || block >= full_end) tile::mask_block(s, item.band, query, key);
+    if (C.modified || !settled)
+      settled = rows.raise(s, factor);
+    else
+      rows.keep();
+  }
+
+  // Steps where nothing is masked. This is where the time goes.
+  __device__ __forceinline__ void plain_steps(int count) {
 #pragma unroll 1
     for (; count > 0; --count) {
       --block;
       find_keys();
-      shared.v_full[values.stage()].wait(values.parity());
       take_turn();
-      multiply(true);
+      issue_scores();
+      shared.v_full[values.stage()].wait(values.parity());
+      issue_values();
       pass_turn();
-      ptx::wgmma_wait<1>();
-      tile::hold(s);
-      shared.k_empty[k_stage].arrive_if(leader);
-      shared.q_empty[q_slot].arrive_if(leader && block == blocks_end);
+      wait_scores(true);
       rows.template exponentials<0, C.block_n / 2>(s, factor);
-      ptx::wgmma_wait<0>();
-      tile::hold(o);
-      tile::hold(p);
-      shared.v_empty[values.stage()].arrive_if(leader);
-      values.advance();
+      wait_values(true);
       pack();
       if (rows.outgrown()) {
         rows.keep();
@@ -447,86 +401,133 @@ struct Consumer {
         rescale();
         pack();
       }
+      accumulate = true;
     }
+  }
+  // Any other step within a tile.
+  __device__ __forceinline__ void masked_step() {
+    --block;
+    find_keys();
+    take_turn();
+    issue_scores();
+    shared.v_full[values.stage()].wait(values.parity());
+    issue_values();
+    pass_turn();
+    wait_scores(true);
+    prepare();
+    rows.template exponentials<0, C.block_n / 2>(s, factor);
+    wait_values(true);
+    if (rows.outgrown()) rows.shrink(s);
+    pack();
+    if (rows.moved()) rescale();
+    accumulate = true;
+  }
+
+  // What is left of a tile's rows: lse, and the factor of o.
+  __device__ __forceinline__ void finish(const Item& item, float (&scale)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
+      float sum = tile::row_sum(rows.sum[r]), max = rows.max[r], shrink = 1;
+      if (params.sink) {
+        const float sink = params.sink[item.head] * kLog2e, both = fmaxf(max, sink);
+        shrink = both == -INFINITY ? 0 : ptx::exp2(max - both);
+        sum = both == -INFINITY ? 0 : sum * shrink + ptx::exp2(sink - both);
+        max = both;
+      }
+      // A sum of 0 means that nothing was visible; NaN stays NaN.
+      scale[r] = sum == 0 ? 0 : shrink * ptx::reciprocal(sum);
+      if (query < item.sequence.seqlen_q && threadIdx.x % 4 == 0)
+        store_lse<C>(params, item, query, sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2);
+    }
+  }
+  // The finished tile, from o to shared memory, where it is stored from.
+  __device__ __forceinline__ void write(const Item& item, const float (&scale)[2]) {
+    const tile::Ring<C.o_slots> place{uniform(item.part[part].o_place)};
+    shared.o_empty[place.stage()].wait(place.parity() ^ 1);
+    auto& tile = shared.o[place.stage()];
+    uint32_t worst[2] = {0, 0};
+    tile::write_fragment<kOutputs / 2>(tile, [&](int i) {
+      const int r = tile::row_of(2 * i);
+      const uint32_t pair = ptx::pack<C.element>(o[2 * i] * scale[r], o[2 * i + 1] * scale[r]);
+      worst[r] = ptx::max_or_nan<C.element>(worst[r], pair);
+      return pair;
+    });
+    // NaN: of a row that should be so, of one that outgrew float, or because a value that is not finite met the 0 of a pair that is not
+    // visible. Such rows are rare, and computed anew.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
+      unsigned spoilt = __ballot_sync(0xffffffff, ptx::has_nan<C.element>(worst[r]) && query < item.sequence.seqlen_q);
+#pragma unroll 1
+      while (uniform(static_cast<int>(spoilt)) != 0) {
+        const int lane = __ffs(static_cast<int>(spoilt)) - 1;
+        __syncwarp();  // the row has been written
+        recompute_row<C>(params, item, __shfl_sync(0xffffffff, query, lane), tile);
+        spoilt &= ~(0xfu << lane / 4 * 4);
+      }
+    }
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    __syncwarp();
+    if (leader) shared.o_full[place.stage()].arrive();
+  }
+
+  // From the last block of a tile, or none, to the first scores of the next, or none. Where there are none, the tensor cores multiply
+  // what lies at the last place and nobody looks at it: with a branch around them the compiler would not let them run while the softmax
+  // does. So too the product of no block.
+  __device__ __forceinline__ bool change_tile() {
+    const tile::Ring<kItems> finished = items;
+    const Item& item = shared.item[finished.stage()];
+    bool more = true;
+    if (present)
+      more = enter_next();
+    else if (!enter_first())
+      return false;
+    if (more) take_turn();
+    issue_scores();
+    float scale[2];
+    if (present) {
+      finish(item, scale);
+      shared.v_full[values.stage()].wait(values.parity());
+    }
+    issue_values();
+    if (more) pass_turn();
+    rows.clear();
+    settled = false;
+    wait_scores(more);
+    prepare();
+    rows.template exponentials<0, C.block_n / 2>(s, factor);
+    wait_values(present);
+    if (present) {
+      write(item, scale);
+      const int behind = uniform(item.part[part].behind);
+      skip_values(behind);
+      if (!more) {
+        skip_keys(behind);
+        items.advance();
+      }
+      shared.item_empty[finished.stage()].arrive();  // every lane, for what it has read
+    }
+    pack();
+    if (more) skip_values(uniform(shared.item[items.stage()].part[part].before));
+    accumulate = false;
+    present = more;
+    return true;
   }
 
   __device__ __forceinline__ void run() {
     if (part == C.consumers - 1) pass_turn();
     factor = C.modified ? 1.f : params.scale * kLog2e;
     for (uint32_t& x : p) x = 0;
-    bool filled = false, first = false, waiting = false;  // p holds a block, the first of its tile; out waits to be stored
-    for (;;) {
-      // Where the next scores come from. Where there are none, the tensor cores multiply what lies at the last place and nobody looks at
-      // it: with a branch around them the compiler would not let them run while the softmax does. So too the product of no block.
-      const bool ends = !filled || block == blocks_end;  // the present block is its tile's last
-      const int here = items.stage();
-      bool scores = true;
-      if (first && filled) skip_values(blocks_before(shared.item[here]));
-      if (!ends) {
-        --block;
-      } else if (filled) {
-        scores = enter_next();
-      } else if (waiting) {
-        scores = false;  // the pipeline runs empty
-      } else if (!enter_first()) {
-        return;
-      }
-      if (scores) find_keys();
-      if (filled) shared.v_full[values.stage()].wait(values.parity());
-      if (scores) take_turn();
-      multiply(!first);
-      if (scores) pass_turn();
-
-      if (waiting) {
-        store();
-        waiting = false;
-      }
-      if (ends && filled) finish(shared.item[here]);
-      if (ends) {
-        rows.clear();
-        settled = false;
-      }
-
-      ptx::wgmma_wait<1>();  // the scores
-      tile::hold(s);
-      shared.k_empty[k_stage].arrive_if(leader && scores);
-      shared.q_empty[q_slot].arrive_if(leader && scores && block == blocks_end);
-      if (scores) prepare(shared.item[items.stage()]);
-      rows.template exponentials<0, C.block_n / 2>(s, factor);
-
-      ptx::wgmma_wait<0>();  // the values
-      tile::hold(o);
-      tile::hold(p);
-      pack();
-      if (scores && rows.outgrown()) {
-        rows.shrink(s);
-        pack();
-      }
-      if (filled) {
-        shared.v_empty[values.stage()].arrive_if(leader);
-        values.advance();
-        if (ends) {
-          find_spoilt(shared.item[here]);
-          if constexpr (C.store_late) {
-#pragma unroll
-            for (int i = 0; i < kOutputs / 2; ++i) out[i] = finished(i);
-            waiting = true;
-          }
-          skip_values(blocks_behind(shared.item[here]));
-          if (!scores) skip_keys(blocks_behind(shared.item[here]));
-          if constexpr (!C.store_late) store();
-        } else if (rows.moved()) {
-          rescale();
-        }
-      }
-      if (!scores && !waiting) items = stored;
-      first = ends;
-      filled = scores;
-
-      if constexpr (!C.modified) {
-        // Up to the next block that is masked or its tile's last.
-        const BlockRange range = shared.item[items.stage()].part[part];
-        if (filled && !first && settled && block <= uniform(range.full_end)) middle(block - uniform(max_of(range.full_begin, range.begin)));
+    block = begin = full_begin = full_end = q_stage = k_stage = 0;
+    accumulate = present = false;
+    while (change_tile()) {
+      while (present && block > begin) {
+        const int plain = settled && block <= full_end ? block - max_of(full_begin, begin) : 0;
+        if (!C.modified && plain > 0)
+          plain_steps(plain);
+        else
+          masked_step();
       }
     }
   }
@@ -546,6 +547,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) forward_sm90(const 
     if (warp == 0) load_queries<C>(params, shared);
     if (warp == 1) load_keys<C>(params, shared, shared.k, params.k_map, shared.k_full, shared.k_empty);
     if (warp == 2) load_keys<C>(params, shared, shared.v, params.v_map, shared.v_full, shared.v_empty);
+    if (warp == 3) store_tiles<C>(params, shared);
   } else {
     ptx::take_registers<C.consumer_registers()>();
     Consumer<C> consumer{params, shared, uniform(static_cast<int>(threadIdx.x) / 128 - 1)};

@@ -16,7 +16,7 @@ struct ForwardConfig {
   int block_n;               // keys in a block
   int k_stages, v_stages;    // blocks of keys and of values in shared memory
   int q_slots;               // places for 64 queries in shared memory
-  bool store_late;           // a finished tile waits in registers until the next products are issued
+  int o_slots;               // and for finished tiles
   bool in_turn;              // warpgroups issue their products one after the other
   bool modified = false;     // softcap or ALiBi
   TW_HD constexpr int block_m() const { return 64 * consumers; }
@@ -32,7 +32,7 @@ struct Elements {
 };
 
 struct ForwardParams {
-  CUtensorMap q_map, k_map, v_map;  // as tile/load.cuh reads them
+  CUtensorMap q_map, k_map, v_map, o_map;  // as tile/load.cuh says
   Elements q, k, v, o;
   float* lse;  // null: not wanted
   long long lse_batch, lse_head;
