@@ -100,7 +100,7 @@ TEST_F(TileTest, LoadFillsRowsAndColumnsThatAreNotThereWithZeros) {
 // out = (q k^T) v with both products, through every piece that carries a fragment.
 template <int kKeys, int kDepth, int kWidth>
 __global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                                const __grid_constant__ CUtensorMap v_map, uint16_t* out) {
+                                const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map) {
   struct Memory {
     Tile<64, kDepth> q;
     Tile<2 * kKeys, kDepth> k;
@@ -133,8 +133,16 @@ __global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const
     hold(o);
     hold(p);
   }
-  const auto pair = [&](int i) { return ptx::pack<kBFloat16>(o[2 * i], o[2 * i + 1]); };
-  for (int r = 0; r < 2; ++r) store_row<kWidth / 4>(pair, r, out + (this_lane().row + 8 * r) * kWidth, kWidth);
+  // Out by way of shared memory; of the 64 rows the last three belong to somebody else.
+  Tile<64, kWidth>& result = *reinterpret_cast<Tile<64, kWidth>*>(memory);
+  __syncthreads();
+  write_fragment<kWidth / 4>(result, [&](int i) { return ptx::pack<kBFloat16>(o[2 * i], o[2 * i + 1]); });
+  ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    store_rows(result, &out_map, 0, 61, 0, 0);
+    wait_stored();
+  }
 }
 
 template <int kKeys, int kDepth, int kWidth>
@@ -146,17 +154,22 @@ void check_products() {
   };
   const std::vector<uint16_t> q = random(64 * kDepth, 5), k = random(2 * kKeys * kDepth, 7), v = random(2 * kKeys * kWidth, 11);
   const OnDevice<uint16_t> dq(q), dk(k), dv(v), out(std::vector<uint16_t>(64 * kWidth, 0x7fc0));
-  CUtensorMap qm, km, vm;
+  CUtensorMap qm, km, vm, om;
   ASSERT_TRUE(make_tensor_map({dq.data, true, 1, 64, 1, kDepth, 0, kDepth, 0}, 64, qm).ok());
   ASSERT_TRUE(make_tensor_map({dk.data, true, 1, 2 * kKeys, 1, kDepth, 0, kDepth, 0}, 2 * kKeys, km).ok());
   ASSERT_TRUE(make_tensor_map({dv.data, true, 1, 2 * kKeys, 1, kWidth, 0, kWidth, 0}, 2 * kKeys, vm).ok());
+  ASSERT_TRUE(make_tensor_map({out.data, true, 1, 64, 1, kWidth, 0, kWidth, 0}, 64, om).ok());
   constexpr int kBytes = sizeof(Tile<64, kDepth>) + sizeof(Tile<2 * kKeys, kDepth>) + sizeof(Tile<2 * kKeys, kWidth>);
   const auto kernel = products_kernel<kKeys, kDepth, kWidth>;
   ASSERT_EQ(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), cudaSuccess);
-  kernel<<<1, 128, kBytes>>>(qm, km, vm, out.data);
+  kernel<<<1, 128, kBytes>>>(qm, km, vm, om);
   const std::vector<uint16_t> got = out.get();
   for (int i = 0; i < 64; ++i)
     for (int d = 0; d < kWidth; ++d) {
+      if (i >= 61) {
+        ASSERT_EQ(got[i * kWidth + d], 0x7fc0) << "not written";
+        continue;
+      }
       float sum = 0;
       for (int j = 0; j < 2 * kKeys; ++j) {
         float score = 0;

@@ -37,10 +37,13 @@ struct ForwardShared {
   K k[C.k_stages];
   V v[C.v_stages];
   O o[C.o_slots];
+  float lse[C.o_slots][64];
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.o_slots], o_empty[C.o_slots];
+  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.o_slots];
   tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
+
+  tile::Counter stored;  // finished tiles that have left
 
   __device__ __forceinline__ void init_barriers() {
     constexpr int kWarps = 4 * C.consumers;
@@ -54,8 +57,8 @@ struct ForwardShared {
     }
     for (int i = 0; i < C.o_slots; ++i) {
       o_full[i].init(4);
-      o_empty[i].init(1);
     }
+    stored.set(0);
     for (int i = 0; i < C.k_stages; ++i) {
       k_full[i].init(1);
       k_empty[i].init(kWarps);
@@ -77,7 +80,7 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
   const bool leader = threadIdx.x % 32 == 0;
   tile::Ring<kItems> items;
   tile::Ring<C.q_slots> q_ring;
-  tile::Ring<C.o_slots> o_ring;
+  uint32_t results = 0;
   Schedule schedule;
   for (bool more = true; more; items.advance()) {
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
@@ -87,10 +90,10 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
     const tile::Ring<C.q_slots> first = q_ring;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
-      if (leader) item.part[part].q_place = q_ring.position, item.part[part].o_place = o_ring.position;
+      if (leader) item.part[part].q_place = q_ring.position, item.part[part].result = results;
       if (!more || item.part[part].empty()) continue;
       q_ring.advance();
-      o_ring.advance();
+      ++results;
     }
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
@@ -136,27 +139,6 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
   }
 }
 
-// Stores finished tiles. One warp.
-template <ForwardConfig C>
-__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
-  if (threadIdx.x % 32 != 0) return;
-  for (tile::Ring<kItems> items;; items.advance()) {
-    shared.item_full[items.stage()].wait(items.parity());
-    const WorkItem<C.consumers>& item = shared.item[items.stage()];
-    if (!item.valid) return;
-    for (int part = 0; part < C.consumers; ++part) {
-      if (item.part[part].empty()) continue;
-      const tile::Ring<C.o_slots> ring{item.part[part].o_place};
-      const int row = item.m_begin + 64 * part;
-      shared.o_full[ring.stage()].wait(ring.parity());
-      tile::store_rows(shared.o[ring.stage()], &params.o_map, item.sequence.q_row + row, item.sequence.seqlen_q - row, item.head,
-                       params.cu_seqlens_q ? 0 : item.batch);
-      shared.o_empty[ring.stage()].arrive();
-    }
-    shared.item_empty[items.stage()].arrive();
-  }
-}
-
 // A row's place in o and lse.
 template <ForwardConfig C>
 __device__ __forceinline__ uint16_t* output_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query) {
@@ -179,11 +161,36 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   for (int i = thread; i < rows; i += 128) store_lse<C>(params, item, begin + i, params.sink ? params.sink[item.head] : -INFINITY);
 }
 
+// Stores finished tiles and their lse. One warp.
+template <ForwardConfig C>
+__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (tile::Ring<kItems> items;; items.advance()) {
+    shared.item_full[items.stage()].wait(items.parity());
+    const WorkItem<C.consumers>& item = shared.item[items.stage()];
+    if (!item.valid) return;
+    for (int part = 0; part < C.consumers; ++part) {
+      if (item.part[part].empty()) continue;
+      const uint32_t result = item.part[part].result, slot = result % C.o_slots;
+      const int row = item.m_begin + 64 * part, rows = item.sequence.seqlen_q - row;
+      shared.o_full[slot].wait(result / C.o_slots & 1);
+      if (lane == 0)
+        tile::store_rows(shared.o[slot], &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch);
+      for (int i = lane; i < min_of(64, rows); i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
+      if (lane == 0) tile::wait_stored();
+      __syncwarp();
+      if (lane == 0) shared.stored.set(result + 1);
+    }
+    __syncwarp();
+    if (lane == 0) shared.item_empty[items.stage()].arrive();
+  }
+}
+
 // A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. Every branch is visibly uniform: one that is
 // not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
 template <ForwardConfig C>
 __device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query,
-                                              typename ForwardShared<C>::O& tile) {
+                                              typename ForwardShared<C>::O& tile, float& lse) {
   const auto row_of = [&](const Elements& t, long long row, int head) {
     return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
   };
@@ -217,7 +224,7 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
       if (inside) o += ptx::exp2(score - max) * ptx::to_float<C.element>(v[column]);
       if (uniform(!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o))) break;
     }
-    if (columns < 0 && lane == 0) store_lse<C>(params, item, query, (max + log2f(sum)) * kLn2);
+    if (columns < 0 && lane == 0) lse = (max + log2f(sum)) * kLn2;
     if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
   }
 }
@@ -230,6 +237,11 @@ struct Consumer {
   using Shared = ForwardShared<C>;
   using Item = WorkItem<C.consumers>;
   static constexpr int kOutputs = C.head_dim_v / 2;
+#ifdef X_MID
+  static constexpr int kMid = X_MID;
+#else
+  static constexpr int kMid = 4;
+#endif
 
   const ForwardParams& params;
   Shared& shared;
@@ -248,7 +260,7 @@ struct Consumer {
   tile::Ring<C.v_stages> values;
   int k_stage, q_stage;             // where the operands of s are
   int block;                        // of s, falling to `begin`
-  int begin, full_begin, full_end;  // of its tile
+  int begin, full_begin, full_end, before, behind;  // of its tile
   bool accumulate;                  // the present block is not its tile's first
   bool present;                     // there is one
 
@@ -293,6 +305,8 @@ struct Consumer {
     begin = uniform(own.begin);
     full_begin = uniform(own.full_begin);
     full_end = uniform(own.full_end);
+    before = uniform(own.before);
+    behind = uniform(own.behind);
     const tile::Ring<C.q_slots> place{uniform(own.q_place)};
     q_stage = place.stage();
     if (gap > 0) skip_keys(gap);
@@ -306,7 +320,7 @@ struct Consumer {
     shared.item_full[following.stage()].wait(following.parity());
     const Item& next = shared.item[following.stage()];
     const typename Item::Part own = next.part[part];
-    const int gap = uniform(shared.item[items.stage()].part[part].behind + own.before);
+    const int gap = behind + uniform(own.before);
     if (!uniform(next.valid && !own.empty()) || gap >= min_of(C.k_stages, C.v_stages)) return false;
     items = following;
     enter(own, gap);
@@ -346,8 +360,16 @@ struct Consumer {
   __device__ __forceinline__ void wait_scores(bool valid) {
     ptx::wgmma_wait<1>();
     tile::hold(s);
-    shared.k_empty[k_stage].arrive_if(leader && valid);
     shared.q_empty[q_stage].arrive_if(leader && valid && block == begin);
+    if (!kMid) shared.k_empty[k_stage].arrive_if(leader && valid);
+  }
+  // The block's exponentials. The keys are handed back in the middle: that the sum is never below 0 the compiler does not know, so it
+  // computes one half before it lets the products with the values be waited for, and the other half while p is packed.
+  __device__ __forceinline__ void exponentials(bool valid) {
+    constexpr int kHalf = kMid * C.block_n / 16 / 4 * 4;
+    rows.template exponentials<0, kHalf>(s, factor);
+    if (kMid) shared.k_empty[k_stage].arrive_if(leader && valid && !(rows.total() < 0));
+    rows.template exponentials<kHalf, C.block_n / 2>(s, factor);
   }
   __device__ __forceinline__ void wait_values(bool valid) {
     ptx::wgmma_wait<0>();
@@ -392,11 +414,13 @@ struct Consumer {
       issue_values();
       pass_turn();
       wait_scores(true);
-      rows.template exponentials<0, C.block_n / 2>(s, factor);
+      const bool raise = !settled;
+      if (raise) settled = rows.raise(s, factor);
+      exponentials(true);
       wait_values(true);
       pack();
-      if (rows.outgrown()) {
-        rows.keep();
+      if (raise || rows.outgrown()) {
+        if (!raise) rows.keep();
         rows.shrink(s);
         rescale();
         pack();
@@ -415,7 +439,7 @@ struct Consumer {
     pass_turn();
     wait_scores(true);
     prepare();
-    rows.template exponentials<0, C.block_n / 2>(s, factor);
+    exponentials(true);
     wait_values(true);
     if (rows.outgrown()) rows.shrink(s);
     pack();
@@ -423,11 +447,10 @@ struct Consumer {
     accumulate = true;
   }
 
-  // What is left of a tile's rows: lse, and the factor of o.
-  __device__ __forceinline__ void finish(const Item& item, float (&scale)[2]) {
+  // What is left of a tile's rows: the factor of o, and lse.
+  __device__ __forceinline__ void finish(const Item& item, float (&scale)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
       float sum = tile::row_sum(rows.sum[r]), max = rows.max[r], shrink = 1;
       if (params.sink) {
         const float sink = params.sink[item.head] * kLog2e, both = fmaxf(max, sink);
@@ -437,39 +460,38 @@ struct Consumer {
       }
       // A sum of 0 means that nothing was visible; NaN stays NaN.
       scale[r] = sum == 0 ? 0 : shrink * ptx::reciprocal(sum);
-      if (query < item.sequence.seqlen_q && threadIdx.x % 4 == 0)
-        store_lse<C>(params, item, query, sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2);
+      lse[r] = sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2;
     }
   }
   // The finished tile, from o to shared memory, where it is stored from.
-  __device__ __forceinline__ void write(const Item& item, const float (&scale)[2]) {
-    const tile::Ring<C.o_slots> place{uniform(item.part[part].o_place)};
-    shared.o_empty[place.stage()].wait(place.parity() ^ 1);
-    auto& tile = shared.o[place.stage()];
+  __device__ __forceinline__ void write(const Item& item, const float (&scale)[2], const float (&lse)[2]) {
+    const uint32_t result = item.part[part].result, slot = result % C.o_slots;
+    const int row = tile::this_lane().row;
+    shared.stored.wait(result + 1 - C.o_slots);
     uint32_t worst[2] = {0, 0};
-    tile::write_fragment<kOutputs / 2>(tile, [&](int i) {
-      const int r = tile::row_of(2 * i);
-      const uint32_t pair = ptx::pack<C.element>(o[2 * i] * scale[r], o[2 * i + 1] * scale[r]);
-      worst[r] = ptx::max_or_nan<C.element>(worst[r], pair);
+    tile::write_fragment<kOutputs / 2>(shared.o[slot], [&](int i) {
+      const float x = scale[tile::row_of(2 * i)];
+      const uint32_t pair = ptx::pack<C.element>(o[2 * i] * x, o[2 * i + 1] * x);
+      worst[i & 1] = ptx::max_or_nan<C.element>(worst[i & 1], pair);
       return pair;
     });
+    if (threadIdx.x % 4 == 0) shared.lse[slot][row] = lse[0], shared.lse[slot][row + 8] = lse[1];
     // NaN: of a row that should be so, of one that outgrew float, or because a value that is not finite met the 0 of a pair that is not
     // visible. Such rows are rare, and computed anew.
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = item.m_begin + 64 * part + tile::this_lane().row + 8 * r;
-      unsigned spoilt = __ballot_sync(0xffffffff, ptx::has_nan<C.element>(worst[r]) && query < item.sequence.seqlen_q);
+    const bool spoilt[2] = {ptx::has_nan<C.element>(worst[0]), ptx::has_nan<C.element>(worst[1])};
+    if (uniform(__any_sync(0xffffffff, spoilt[0] || spoilt[1]))) {
+      __syncwarp();  // the rows have been written
 #pragma unroll 1
-      while (uniform(static_cast<int>(spoilt)) != 0) {
-        const int lane = __ffs(static_cast<int>(spoilt)) - 1;
-        __syncwarp();  // the row has been written
-        recompute_row<C>(params, item, __shfl_sync(0xffffffff, query, lane), tile);
-        spoilt &= ~(0xfu << lane / 4 * 4);
+      for (int r = 0; r < 16; ++r) {
+        const int query = uniform(item.m_begin + 64 * part + row) + r;
+        const bool here = (r < 8 ? spoilt[0] : spoilt[1]) && row % 8 == r % 8;
+        if (uniform(__any_sync(0xffffffff, here)) && query < item.sequence.seqlen_q)
+          recompute_row<C>(params, item, query, shared.o[slot], shared.lse[slot][query - item.m_begin - 64 * part]);
       }
     }
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     __syncwarp();
-    if (leader) shared.o_full[place.stage()].arrive();
+    if (leader) shared.o_full[slot].arrive();
   }
 
   // From the last block of a tile, or none, to the first scores of the next, or none. Where there are none, the tensor cores multiply
@@ -478,6 +500,7 @@ struct Consumer {
   __device__ __forceinline__ bool change_tile() {
     const tile::Ring<kItems> finished = items;
     const Item& item = shared.item[finished.stage()];
+    const int passed_by = behind;
     bool more = true;
     if (present)
       more = enter_next();
@@ -485,9 +508,9 @@ struct Consumer {
       return false;
     if (more) take_turn();
     issue_scores();
-    float scale[2];
+    float scale[2], lse[2];
     if (present) {
-      finish(item, scale);
+      finish(item, scale, lse);
       shared.v_full[values.stage()].wait(values.parity());
     }
     issue_values();
@@ -496,20 +519,19 @@ struct Consumer {
     settled = false;
     wait_scores(more);
     prepare();
-    rows.template exponentials<0, C.block_n / 2>(s, factor);
+    exponentials(more);
     wait_values(present);
     if (present) {
-      write(item, scale);
-      const int behind = uniform(item.part[part].behind);
-      skip_values(behind);
+      write(item, scale, lse);
+      if (passed_by > 0) skip_values(passed_by);
       if (!more) {
-        skip_keys(behind);
+        skip_keys(passed_by);
         items.advance();
       }
       shared.item_empty[finished.stage()].arrive();  // every lane, for what it has read
     }
     pack();
-    if (more) skip_values(uniform(shared.item[items.stage()].part[part].before));
+    if (more && before > 0) skip_values(before);
     accumulate = false;
     present = more;
     return true;
@@ -519,11 +541,11 @@ struct Consumer {
     if (part == C.consumers - 1) pass_turn();
     factor = C.modified ? 1.f : params.scale * kLog2e;
     for (uint32_t& x : p) x = 0;
-    block = begin = full_begin = full_end = q_stage = k_stage = 0;
+    block = begin = full_begin = full_end = before = behind = q_stage = k_stage = 0;
     accumulate = present = false;
     while (change_tile()) {
       while (present && block > begin) {
-        const int plain = settled && block <= full_end ? block - max_of(full_begin, begin) : 0;
+        const int plain = block <= full_end ? block - max_of(full_begin, begin) : 0;
         if (!C.modified && plain > 0)
           plain_steps(plain);
         else

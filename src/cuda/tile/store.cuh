@@ -12,7 +12,7 @@ namespace tilewise::tile {
 // Writes a warpgroup's 64-row fragment, whose kPairs packed pairs `pair` gives. The copy engine may read it after a fence of each thread.
 template <int kPairs, class T, class Pair>
 __device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
-  static_assert(T::kRows == 64 && kPairs % 4 == 0 && kPairs / 2 * 8 <= T::kColumns * 2);
+  static_assert(T::kRows == 64 && kPairs % 4 == 0 && kPairs * 4 <= T::kColumns);
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane % 16;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(tile.bytes));
 #pragma unroll
@@ -21,8 +21,8 @@ __device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
                         pair(4 * block + 3));
 }
 
-// The rows of one sequence and head that are its own, from a tile to global memory, by a map as load.cuh describes it. Returns when the
-// tile may be written again.
+// The rows of one sequence and head that are its own, from a tile to global memory, by a map as load.cuh describes it. One thread; the
+// tile may be written again when wait_stored() returns.
 template <class T>
 __device__ __forceinline__ void store_rows(const T& tile, const void* map, long long row, int valid_rows, int head, int batch) {
   const int valid = valid_rows < T::kRows ? valid_rows : T::kRows;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void store_rows(const T& tile, const void* map, long 
     ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_global, ::cuda::ptx::space_shared, map, at, tile.bytes + panel * T::kPanelBytes);
   }
   ::cuda::ptx::cp_async_bulk_commit_group();
-  ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{});
 }
+__device__ __forceinline__ void wait_stored() { ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{}); }
 
 }  // namespace tilewise::tile
