@@ -5,5 +5,5 @@ log=$("$@" 2>&1)
 status=$?
 [ -n "$log" ] && printf '%s\n' "$log" >&2
 [ $status -ne 0 ] && exit $status
-printf '%s\n' "$log" | grep -qE '\(C75[0-9][0-9]\)|([1-9][0-9]{2}|[1-9][0-9]{2,}) bytes spill' && exit 1
+printf '%s\n' "$log" | grep -qE '\(C75[0-9][0-9]\)|([1-9][0-9]{3,}) bytes spill' && exit 1
 exit 0

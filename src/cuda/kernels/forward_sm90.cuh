@@ -38,6 +38,7 @@ struct ForwardShared {
   V v[C.v_stages];
   O o[C.o_slots];
   float lse[C.o_slots][64];
+  bool spoilt[C.o_slots][4];  // some row of a warp of the finished tile is NaN
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
   tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.o_slots];
@@ -98,6 +99,21 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
     if (!more) break;
+#ifdef X_PREFETCH
+    if (leader) {
+      const int bq = params.cu_seqlens_q ? 0 : item.batch, bk = params.cu_seqlens_k ? 0 : item.batch;
+#pragma unroll 1
+      for (int part = 0; part < C.consumers; ++part)
+        tile::prefetch_rows<typename ForwardShared<C>::Q>(&params.q_map, item.sequence.q_row + item.m_begin + 64 * part, item.sequence.seqlen_q - item.m_begin - 64 * part, item.head, bq);
+#pragma unroll 1
+      for (int block = item.blocks_end - 1; block >= max_of(item.blocks_begin, item.blocks_end - X_PREFETCH); --block) {
+        const int row = block * C.block_n;
+        tile::prefetch_rows<typename ForwardShared<C>::K>(&params.k_map, item.sequence.k_row + row, item.sequence.seqlen_k - row, item.head / params.group, bk);
+        tile::prefetch_rows<typename ForwardShared<C>::V>(&params.v_map, item.sequence.k_row + row, item.sequence.seqlen_k - row, item.head / params.group, bk);
+      }
+    }
+    __syncwarp();
+#endif
     q_ring = first;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
@@ -161,31 +177,6 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   for (int i = thread; i < rows; i += 128) store_lse<C>(params, item, begin + i, params.sink ? params.sink[item.head] : -INFINITY);
 }
 
-// Stores finished tiles and their lse. One warp.
-template <ForwardConfig C>
-__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (tile::Ring<kItems> items;; items.advance()) {
-    shared.item_full[items.stage()].wait(items.parity());
-    const WorkItem<C.consumers>& item = shared.item[items.stage()];
-    if (!item.valid) return;
-    for (int part = 0; part < C.consumers; ++part) {
-      if (item.part[part].empty()) continue;
-      const uint32_t result = item.part[part].result, slot = result % C.o_slots;
-      const int row = item.m_begin + 64 * part, rows = item.sequence.seqlen_q - row;
-      shared.o_full[slot].wait(result / C.o_slots & 1);
-      if (lane == 0)
-        tile::store_rows(shared.o[slot], &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch);
-      for (int i = lane; i < min_of(64, rows); i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
-      if (lane == 0) tile::wait_stored();
-      __syncwarp();
-      if (lane == 0) shared.stored.set(result + 1);
-    }
-    __syncwarp();
-    if (lane == 0) shared.item_empty[items.stage()].arrive();
-  }
-}
-
 // A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. Every branch is visibly uniform: one that is
 // not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
 template <ForwardConfig C>
@@ -226,6 +217,43 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
     }
     if (columns < 0 && lane == 0) lse = (max + log2f(sum)) * kLn2;
     if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
+  }
+}
+
+// Stores finished tiles and their lse. One warp.
+template <ForwardConfig C>
+__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (tile::Ring<kItems> items;; items.advance()) {
+    shared.item_full[items.stage()].wait(items.parity());
+    const WorkItem<C.consumers>& item = shared.item[items.stage()];
+    if (!item.valid) return;
+    for (int part = 0; part < C.consumers; ++part) {
+      const typename WorkItem<C.consumers>::Part& own = item.part[part];
+      if (own.empty()) continue;
+      const uint32_t slot = own.result % C.o_slots;
+      const int row = item.m_begin + 64 * part, rows = min_of(64, item.sequence.seqlen_q - row);
+      auto& tile = shared.o[slot];
+      shared.o_full[slot].wait(own.result / C.o_slots & 1);
+      if (__any_sync(0xffffffff, lane < 4 && shared.spoilt[slot][lane % 4])) {
+#pragma unroll 1
+        for (int i = 0; i < rows; ++i) {
+          uint32_t worst = 0;
+          for (int column = 2 * lane; column < C.head_dim_v; column += 64)
+            worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
+          if (__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
+        }
+        ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+        __syncwarp();
+      }
+      if (lane == 0)
+        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch);
+      for (int i = lane; i < rows; i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
+      if (lane == 0) tile::wait_stored();
+      __syncwarp();
+      if (lane == 0) shared.stored.set(own.result + 1);
+    }
+    if (lane == 0) shared.item_empty[items.stage()].arrive();
   }
 }
 
@@ -468,27 +496,18 @@ struct Consumer {
     const uint32_t result = item.part[part].result, slot = result % C.o_slots;
     const int row = tile::this_lane().row;
     shared.stored.wait(result + 1 - C.o_slots);
-    uint32_t worst[2] = {0, 0};
+    uint32_t worst = 0;
     tile::write_fragment<kOutputs / 2>(shared.o[slot], [&](int i) {
       const float x = scale[tile::row_of(2 * i)];
       const uint32_t pair = ptx::pack<C.element>(o[2 * i] * x, o[2 * i + 1] * x);
-      worst[i & 1] = ptx::max_or_nan<C.element>(worst[i & 1], pair);
+      worst = ptx::max_or_nan<C.element>(worst, pair);
       return pair;
     });
     if (threadIdx.x % 4 == 0) shared.lse[slot][row] = lse[0], shared.lse[slot][row + 8] = lse[1];
     // NaN: of a row that should be so, of one that outgrew float, or because a value that is not finite met the 0 of a pair that is not
-    // visible. Such rows are rare, and computed anew.
-    const bool spoilt[2] = {ptx::has_nan<C.element>(worst[0]), ptx::has_nan<C.element>(worst[1])};
-    if (uniform(__any_sync(0xffffffff, spoilt[0] || spoilt[1]))) {
-      __syncwarp();  // the rows have been written
-#pragma unroll 1
-      for (int r = 0; r < 16; ++r) {
-        const int query = uniform(item.m_begin + 64 * part + row) + r;
-        const bool here = (r < 8 ? spoilt[0] : spoilt[1]) && row % 8 == r % 8;
-        if (uniform(__any_sync(0xffffffff, here)) && query < item.sequence.seqlen_q)
-          recompute_row<C>(params, item, query, shared.o[slot], shared.lse[slot][query - item.m_begin - 64 * part]);
-      }
-    }
+    // visible. Such rows are rare, and who stores them computes them anew.
+    const bool spoilt = __any_sync(0xffffffff, ptx::has_nan<C.element>(worst));
+    if (leader) shared.spoilt[slot][threadIdx.x % 128 / 32] = spoilt;
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     __syncwarp();
     if (leader) shared.o_full[slot].arrive();

@@ -116,20 +116,20 @@ struct Rows {
 // Scores of pairs that are not visible become -inf. `query` is this thread's first row, `key` the block's first key.
 template <int kCount>
 __device__ __forceinline__ void mask_block(float (&s)[kCount], const Band& band, int query, int key) {
-  const int column = key + this_lane().column;
-  int begin[2], end[2];
+  // Of the kCount / 2 columns that a thread has in a row, two in every 8, those below `column`; as bits, which the compiler can move to
+  // predicates together.
+  const auto below = [&](int column) {
+    const int c = min_of(max_of(column - this_lane().column, 0), 4 * kCount);
+    const int count = c / 8 * 2 + min_of(c % 8, 2);
+    return count >= 32 ? 0xffffffffu : (1u << count) - 1;
+  };
+  static_assert(kCount <= 64);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    begin[r] = first_key(band, query + 8 * r) - column;
-    end[r] = end_key(band, query + 8 * r) - column;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (column_of(i) >= end[row_of(i)]) s[i] = -INFINITY;
-  if (__any_sync(0xffffffff, begin[1] > 0)) {  // the left edge of a window
+    const uint32_t seen = below(end_key(band, query + 8 * r) - key) & ~below(first_key(band, query + 8 * r) - key);
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (column_of(i) < begin[row_of(i)]) s[i] = -INFINITY;
+      if (row_of(i) == r && !(seen >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
   }
 }
 
