@@ -7,22 +7,6 @@
 
 #include "cuda/kernels/params.h"
 
-#if V64 == 4
-#define TW_64 .consumers = 4, .block_n = 64, .k_stages = 8, .v_stages = 8, .q_slots = 8, .o_slots = 4
-#elif V64 == 6
-#define TW_64 .consumers = 3, .block_n = 64, .k_stages = 8, .v_stages = 8, .q_slots = 6, .o_slots = 3
-#elif V64 == 9
-#define TW_64 .consumers = 3, .block_n = 96, .k_stages = 4, .v_stages = 4, .q_slots = 6, .o_slots = 3
-#endif
-#ifndef TW_64
-#define TW_64 .consumers = 3, .block_n = 128, .k_stages = 4, .v_stages = 4, .q_slots = 6, .o_slots = 3
-#endif
-#ifndef TW_VS
-#define TW_VS 2
-#define TW_KS 2
-#define TW_QS 4
-#define TW_OS 2
-#endif
 namespace tilewise::cuda {
 
 // element and modified are filled in per row.
@@ -30,14 +14,21 @@ namespace tilewise::cuda {
   struct name {                                         \
     static constexpr ForwardConfig kShape{__VA_ARGS__}; \
   };
-TW_FORWARD_SHAPE(Forward64, .head_dim = 64, .head_dim_v = 64, TW_64, .in_turn = true)
-TW_FORWARD_SHAPE(Forward96, .head_dim = 96, .head_dim_v = 96, .consumers = 2, .block_n = 128, .k_stages = 2, .v_stages = 2, .q_slots = 4, .o_slots = 2, .in_turn = true)
-TW_FORWARD_SHAPE(Forward128, .head_dim = 128, .head_dim_v = 128, .consumers = 2, .block_n = 128, .k_stages = TW_KS, .v_stages = TW_VS, .q_slots = TW_QS, .o_slots = TW_OS, .in_turn = true)
-TW_FORWARD_SHAPE(Forward192x128, .head_dim = 192, .head_dim_v = 128, .consumers = 2, .block_n = 128, .k_stages = 2, .v_stages = 2, .q_slots = 2, .o_slots = 1, .in_turn = true)
-TW_FORWARD_SHAPE(Forward192, .head_dim = 192, .head_dim_v = 192, .consumers = 2, .block_n = 96, .k_stages = 2, .v_stages = 2, .q_slots = 2, .o_slots = 1, .in_turn = true)
-TW_FORWARD_SHAPE(Forward256, .head_dim = 256, .head_dim_v = 256, .consumers = 2, .block_n = 64, .k_stages = 2, .v_stages = 2, .q_slots = 2, .o_slots = 1, .in_turn = true)
+TW_FORWARD_SHAPE(Forward64Short, .head_dim = 64, .head_dim_v = 64, .consumers = 4, .block_n = 64, .k_stages = 8, .v_stages = 8,
+                 .q_slots = 8, .o_slots = 4)
+TW_FORWARD_SHAPE(Forward64, .head_dim = 64, .head_dim_v = 64, .consumers = 3, .block_n = 128, .k_stages = 4, .v_stages = 4, .q_slots = 6,
+                 .o_slots = 3)
+TW_FORWARD_SHAPE(Forward96, .head_dim = 96, .head_dim_v = 96, .consumers = 2, .block_n = 128, .k_stages = 2, .v_stages = 2, .q_slots = 4,
+                 .o_slots = 2)
+TW_FORWARD_SHAPE(Forward128, .head_dim = 128, .head_dim_v = 128, .consumers = 2, .block_n = 128, .k_stages = 2, .v_stages = 2, .q_slots = 4,
+                 .o_slots = 2)
+TW_FORWARD_SHAPE(Forward192x128, .head_dim = 192, .head_dim_v = 128, .consumers = 2, .block_n = 128, .k_stages = 2, .v_stages = 2,
+                 .q_slots = 2, .o_slots = 1)
+TW_FORWARD_SHAPE(Forward192, .head_dim = 192, .head_dim_v = 192, .consumers = 2, .block_n = 96, .k_stages = 2, .v_stages = 2, .q_slots = 2,
+                 .o_slots = 1)
+TW_FORWARD_SHAPE(Forward256, .head_dim = 256, .head_dim_v = 256, .consumers = 2, .block_n = 64, .k_stages = 2, .v_stages = 2, .q_slots = 2,
+                 .o_slots = 1)
 #undef TW_FORWARD_SHAPE
-
 
 struct ForwardRow {
   ForwardConfig config;

@@ -99,21 +99,6 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
     if (!more) break;
-#ifdef X_PREFETCH
-    if (leader) {
-      const int bq = params.cu_seqlens_q ? 0 : item.batch, bk = params.cu_seqlens_k ? 0 : item.batch;
-#pragma unroll 1
-      for (int part = 0; part < C.consumers; ++part)
-        tile::prefetch_rows<typename ForwardShared<C>::Q>(&params.q_map, item.sequence.q_row + item.m_begin + 64 * part, item.sequence.seqlen_q - item.m_begin - 64 * part, item.head, bq);
-#pragma unroll 1
-      for (int block = item.blocks_end - 1; block >= max_of(item.blocks_begin, item.blocks_end - X_PREFETCH); --block) {
-        const int row = block * C.block_n;
-        tile::prefetch_rows<typename ForwardShared<C>::K>(&params.k_map, item.sequence.k_row + row, item.sequence.seqlen_k - row, item.head / params.group, bk);
-        tile::prefetch_rows<typename ForwardShared<C>::V>(&params.v_map, item.sequence.k_row + row, item.sequence.seqlen_k - row, item.head / params.group, bk);
-      }
-    }
-    __syncwarp();
-#endif
     q_ring = first;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
@@ -133,7 +118,6 @@ template <ForwardConfig C, class T, int kStages>
 __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[kStages],
                                           const CUtensorMap& map, tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages]) {
   if (threadIdx.x % 32 != 0) return;
-  int loaded = 0; (void)loaded;
   tile::Ring<kItems> items;
   tile::Ring<kStages> ring;
   for (;; items.advance()) {
@@ -144,11 +128,6 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
       const int row = block * C.block_n;
-#ifdef X_NOLOAD
-      static_assert(true);
-      if (++loaded > kStages) full[ring.stage()].arrive();
-      else
-#endif
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch);
     }
     shared.item_empty[items.stage()].arrive();
@@ -265,11 +244,6 @@ struct Consumer {
   using Shared = ForwardShared<C>;
   using Item = WorkItem<C.consumers>;
   static constexpr int kOutputs = C.head_dim_v / 2;
-#ifdef X_MID
-  static constexpr int kMid = X_MID;
-#else
-  static constexpr int kMid = 4;
-#endif
 
   const ForwardParams& params;
   Shared& shared;
@@ -286,20 +260,16 @@ struct Consumer {
   tile::Ring<kItems> items;  // the tile of s
   tile::Ring<C.k_stages> keys;
   tile::Ring<C.v_stages> values;
-  int k_stage, q_stage;             // where the operands of s are
-  int block;                        // of s, falling to `begin`
+  int k_stage, q_stage;                             // where the operands of s are
+  int block;                                        // of s, falling to `begin`
   int begin, full_begin, full_end, before, behind;  // of its tile
-  bool accumulate;                  // the present block is not its tile's first
-  bool present;                     // there is one
+  bool accumulate;                                  // the present block is not its tile's first
+  bool present;                                     // there is one
 
   // Each block's scores are issued by one warpgroup after the other, skipped blocks included, so that one's softmax runs under the
   // others' products: left alone, those who waited for the same keys stay in step and leave the tensor cores idle together.
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (C.in_turn) ptx::barrier_sync(1 + part, 256);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (C.in_turn) ptx::barrier_arrive(1 + (part + 1 == C.consumers ? 0 : part + 1), 256);
-  }
+  __device__ __forceinline__ void take_turn() { ptx::barrier_sync(1 + part, 256); }
+  __device__ __forceinline__ void pass_turn() { ptx::barrier_arrive(1 + (part + 1 == C.consumers ? 0 : part + 1), 256); }
 
   // Hands blocks back unread that only other warpgroups see. Waiting for each keeps everyone within one round of the ring.
   template <int kStages>
@@ -312,12 +282,11 @@ struct Consumer {
     }
   }
   __device__ __forceinline__ void skip_keys(int count) {
-    if constexpr (C.in_turn)
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        take_turn();
-        pass_turn();
-      }
+    for (int i = 0; i < count; ++i) {
+      take_turn();
+      pass_turn();
+    }
     skip(shared.k_full, shared.k_empty, keys, count);
   }
   __device__ __forceinline__ void skip_values(int count) { skip(shared.v_full, shared.v_empty, values, count); }
@@ -389,14 +358,13 @@ struct Consumer {
     ptx::wgmma_wait<1>();
     tile::hold(s);
     shared.q_empty[q_stage].arrive_if(leader && valid && block == begin);
-    if (!kMid) shared.k_empty[k_stage].arrive_if(leader && valid);
   }
   // The block's exponentials. The keys are handed back in the middle: that the sum is never below 0 the compiler does not know, so it
   // computes one half before it lets the products with the values be waited for, and the other half while p is packed.
   __device__ __forceinline__ void exponentials(bool valid) {
-    constexpr int kHalf = kMid * C.block_n / 16 / 4 * 4;
+    constexpr int kHalf = C.block_n / 4 / 4 * 4;
     rows.template exponentials<0, kHalf>(s, factor);
-    if (kMid) shared.k_empty[k_stage].arrive_if(leader && valid && !(rows.total() < 0));
+    shared.k_empty[k_stage].arrive_if(leader && valid && !(rows.total() < 0));
     rows.template exponentials<kHalf, C.block_n / 2>(s, factor);
   }
   __device__ __forceinline__ void wait_values(bool valid) {

@@ -17,13 +17,12 @@ struct ForwardConfig {
   int k_stages, v_stages;    // blocks of keys and of values in shared memory
   int q_slots;               // places for 64 queries in shared memory
   int o_slots;               // and for finished tiles
-  bool in_turn;              // warpgroups issue their products one after the other
   bool modified = false;     // softcap or ALiBi
   TW_HD constexpr int block_m() const { return 64 * consumers; }
   TW_HD constexpr int threads() const { return 128 * (consumers + 1); }
   // Of the registers that a CTA gets, as many as its warps can have alike, the loaders leave to the consumers what they do without.
-  TW_HD constexpr int consumer_registers() const { return consumers == 2 ? 232 : consumers == 3 ? 160 : 112; }
-  TW_HD constexpr int loader_registers() const { return consumers == 2 ? 40 : consumers == 3 ? 32 : 24; }
+  TW_HD constexpr int consumer_registers() const { return consumers == 2 ? 224 : consumers == 3 ? 160 : 112; }
+  TW_HD constexpr int loader_registers() const { return consumers == 2 ? 56 : consumers == 3 ? 32 : 24; }
 };
 
 // A tensor of 16-bit elements for plain loads and stores; strides in elements.

@@ -131,8 +131,14 @@ struct Schedule {
     const int all_begin = __shfl_sync(0xffffffff, range.begin, kParts), all_end = __shfl_sync(0xffffffff, range.end, kParts);
     if (lane < kParts) {
       const bool any = range.begin < range.end;
-      item.part[lane] = {range.begin, range.full_begin, range.full_end, range.end, all_end - (any ? range.end : all_begin),
-                         any ? range.begin - all_begin : 0, 0, 0};
+      item.part[lane] = {range.begin,
+                         range.full_begin,
+                         range.full_end,
+                         range.end,
+                         all_end - (any ? range.end : all_begin),
+                         any ? range.begin - all_begin : 0,
+                         0,
+                         0};
     }
     if (lane == 0) {
       item.blocks_begin = all_begin;

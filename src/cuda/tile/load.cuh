@@ -24,17 +24,4 @@ __device__ __forceinline__ void load_rows(T& tile, const void* map, Barrier& ful
   }
 }
 
-// The same rows into L2 only.
-template <class T>
-__device__ __forceinline__ void prefetch_rows(const void* map, long long row, int valid_rows, int head, int batch) {
-  if (valid_rows <= 0) return;
-  const int valid = valid_rows < T::kRows ? valid_rows : T::kRows;
-  const int late = T::kRows - valid, first = static_cast<int>(row) + valid;
-#pragma unroll
-  for (int panel = 0; panel < T::kPanels; ++panel)
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(panel * 64), "r"(late),
-                 "r"(first), "r"(head), "r"(batch)
-                 : "memory");
-}
-
 }  // namespace tilewise::tile

@@ -39,7 +39,9 @@ struct Barrier {
 struct Counter {
   uint32_t value;
   __device__ __forceinline__ uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&value)); }
-  __device__ __forceinline__ void set(uint32_t x) { asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address()), "r"(x) : "memory"); }
+  __device__ __forceinline__ void set(uint32_t x) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address()), "r"(x) : "memory");
+  }
   __device__ __forceinline__ void wait(uint32_t least) const {
     uint32_t now;
     do asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(now) : "r"(address()) : "memory");

@@ -87,9 +87,7 @@ struct Rows {
   __device__ __forceinline__ float total() const { return block_sum[0] + block_sum[1] + block_sum[2] + block_sum[3]; }
 
   // Whether a sum of the last block is too large, or NaN, in any row of this warp.
-  __device__ __forceinline__ bool outgrown() const {
-    return __any_sync(0xffffffff, !(total() <= kLargestStaleSum));
-  }
+  __device__ __forceinline__ bool outgrown() const { return __any_sync(0xffffffff, !(total() <= kLargestStaleSum)); }
 
   // Brings rows of exponentials above 1 back to at most 1.
   template <int kCount>
