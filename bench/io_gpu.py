@@ -19,8 +19,8 @@ import sys
 import torch
 
 import compare_gpu
-import plot
 import results
+import units
 
 HEADS, HEAD_DIM = 8, 128
 LENGTHS = [1 << n for n in range(10, 16)]
@@ -132,9 +132,9 @@ COLUMNS = ("tokens", "standard", "flash", "speed-up", "standard", "flash", "stan
 def cells(row):
     """A row as text: length, times, speed-up, extra memory, DRAM bytes counted and predicted."""
     flash, standard = row["flash"], row["standard"]
-    size = lambda value: plot.si(value, "B")
+    size = lambda value: units.si(value, "B")
     moved = lambda cell: size(cell["read_bytes"] + cell["written_bytes"]) if "read_bytes" in cell else "-"
-    return (plot.length(row["seqlen"]), plot.duration(standard["seconds"]), plot.duration(flash["seconds"]),
+    return (units.length(row["seqlen"]), units.duration(standard["seconds"]), units.duration(flash["seconds"]),
             f"{standard['seconds'] / flash['seconds']:.1f}x", size(standard["extra_bytes"]), size(flash["extra_bytes"]),
             moved(standard), size(standard["predicted_bytes"]), moved(flash), size(flash["predicted_bytes"]))  # fmt: skip
 

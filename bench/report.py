@@ -11,8 +11,8 @@ import pathlib
 import re
 import sys
 
-import plot
 import results
+import units
 
 # Each place and the section of the results that it is made from.
 PLACES = {
@@ -35,14 +35,14 @@ def source(everything, section):
 
 
 def demo(everything):
-    size = lambda value: "-" if value is None else plot.si(value, "B")
+    size = lambda value: "-" if value is None else units.si(value, "B")
     rows = []
     for row in everything["demo"]["rows"]:
         flash, standard = row["flash"], row["standard"]
         ran = "seconds" in standard
         rows.append((
-            plot.PASSES[row["pass"]], plot.length(row["seqlen"]),
-            plot.duration(standard["seconds"]) if ran else "does not fit", plot.duration(flash["seconds"]),
+            units.PASSES[row["pass"]], units.length(row["seqlen"]),
+            units.duration(standard["seconds"]) if ran else "does not fit", units.duration(flash["seconds"]),
             f"**{standard['seconds'] / flash['seconds']:.1f}x**" if ran else "-",
             size(standard["extra_bytes"]) if ran else f"needs {size(standard['needed_bytes'])}", size(flash["extra_bytes"]),
             size(standard["moved_bytes"]), size(flash["moved_bytes"]),
@@ -81,8 +81,8 @@ def traffic(everything):
     rows = [
         (
             row["seqlen"], f"{row['desk_bytes'] >> 10} KiB", row["block_m"],
-            plot.si(row["standard_counted"], "B"), plot.si(row["standard_bytes"], "B"),
-            plot.si(row["flash_counted"], "B"), plot.si(row["flash_bytes"], "B"),
+            units.si(row["standard_counted"], "B"), units.si(row["standard_bytes"], "B"),
+            units.si(row["flash_counted"], "B"), units.si(row["flash_bytes"], "B"),
             f"{row['standard_counted'] / row['flash_counted']:.0f}x",
         )
         for row in run["rows"]
@@ -143,11 +143,11 @@ def host(everything):
 
 def io(everything):
     run = everything["io"]
-    size = lambda value: plot.si(value, "B")
+    size = lambda value: units.si(value, "B")
     moved = lambda cell: f"{size(cell['read_bytes'])} + {size(cell['written_bytes'])}" if "read_bytes" in cell else "-"
     rows = [
         (
-            plot.length(row["seqlen"]), plot.duration(row["standard"]["seconds"]), plot.duration(row["flash"]["seconds"]),
+            units.length(row["seqlen"]), units.duration(row["standard"]["seconds"]), units.duration(row["flash"]["seconds"]),
             f"**{row['standard']['seconds'] / row['flash']['seconds']:.1f}x**",
             size(row["standard"]["extra_bytes"]), size(row["flash"]["extra_bytes"]),
             moved(row["standard"]), size(row["standard"]["predicted_bytes"]),
@@ -167,8 +167,8 @@ def print_summary(everything):
     print(f"{'host cost':24s} {everything['host_cost']['difference_us']:.2f} us above an empty launch")
     longest = everything["io"]["rows"][-1]
     flash, standard = longest["flash"], longest["standard"]
-    print(f"{plot.length(longest['seqlen']) + ' tokens':24s} {plot.duration(flash['seconds'])} against {plot.duration(standard['seconds'])}, "
-          f"extra memory {plot.si(flash['extra_bytes'], 'B')} against {plot.si(standard['extra_bytes'], 'B')}")  # fmt: skip
+    print(f"{units.length(longest['seqlen']) + ' tokens':24s} {units.duration(flash['seconds'])} against {units.duration(standard['seconds'])}, "
+          f"extra memory {units.si(flash['extra_bytes'], 'B')} against {units.si(standard['extra_bytes'], 'B')}")  # fmt: skip
 
 
 def main():
@@ -191,6 +191,8 @@ def main():
             text = pattern.sub(lambda match: match.group(1) + made[place](everything) + "\n" + match.group(2), text)
         path.write_text(text)
     if "demo" in everything:
+        import plot  # wants Matplotlib
+
         pathlib.Path(results.ROOT / "docs/flash.svg").write_text(plot.summary(everything["demo"]["rows"]))
 
 
