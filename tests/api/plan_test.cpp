@@ -345,6 +345,14 @@ TEST(Buffer, CopiesInsideItsBounds) {
   EXPECT_EQ(Buffer::make(Device::cpu(), SIZE_MAX / 4).status().code(), StatusCode::kUnavailable);
 }
 
+TEST(FreeBytes, LieWithinTheMemory) {
+  for (const Device& device : Device::all()) {
+    const int64_t free = free_bytes(device).value();
+    EXPECT_GT(free, 0) << device.name;
+    EXPECT_LT(free, device.memory_bytes) << device.name;
+  }
+}
+
 // The one-call functions make the same problem that a plan would be made for.
 TEST(OneCall, EqualsPlanAndRun) {
   Call forward_call("b2 q5 k7 h4/2 d8/16 causal softcap=3 scale=0.4 sink");
