@@ -6,6 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "tilewise/explain.hpp"
 #include "tilewise/memory.hpp"
 #include "tilewise/tilewise.h"
@@ -56,6 +58,12 @@ Place place_of(const std::string& name, int device_type, int index) {
   throw nb::value_error((name + " is on a device of DLPack type " + std::to_string(device_type) + ", which is neither a CPU nor CUDA").c_str());
 }
 
+[[noreturn]] void wrong_dtype(const std::string& name, const std::string& dtype) {
+  PyErr_SetString(PyExc_TypeError,
+                  (name + " has dtype " + dtype + ", which is none of float32, bfloat16, float16 and (lengths only) int32").c_str());
+  throw nb::python_error();
+}
+
 DataType dtype_of(const std::string& name, nb::dlpack::dtype dtype) {
   using Code = nb::dlpack::dtype_code;
   const auto is = [&](Code code, int bits) { return dtype.code == static_cast<uint8_t>(code) && dtype.bits == bits && dtype.lanes == 1; };
@@ -64,11 +72,8 @@ DataType dtype_of(const std::string& name, nb::dlpack::dtype dtype) {
   if (is(Code::Float, 16)) return DataType::kFloat16;
   if (is(Code::Int, 32)) return DataType::kInt32;
   const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  const std::string kind = dtype.code < std::size(kinds) ? kinds[dtype.code] : "type " + std::to_string(dtype.code) + " of ";
-  PyErr_SetString(PyExc_TypeError, (name + " has dtype " + kind + std::to_string(dtype.bits) +
-                                    ", which is none of float32, bfloat16, float16 and (lengths only) int32")
-                                       .c_str());
-  throw nb::python_error();
+  wrong_dtype(name, (dtype.code < std::size(kinds) ? kinds[dtype.code] : "type " + std::to_string(dtype.code) + " of ") +
+                        std::to_string(dtype.bits));
 }
 
 struct Tensor {
@@ -83,11 +88,43 @@ void set_shape(const std::string& name, TensorView& view, size_t rank, auto&& sh
   for (size_t i = 0; i < rank; ++i) view.shape[i] = shape(i), view.stride[i] = stride(i);
 }
 
-// None; (address, DataType, DLPack device type, device index, shape, strides in elements); or an object that speaks DLPack. The tuple
-// serves frameworks whose own DLPack export would wait for a stream, refuse read-only memory, or cost more than the attention.
+// PyTorch's classes, told by tilewise.torch when it is imported: this module knows no framework by itself.
+struct Torch {
+  nb::object tensor_type;
+  std::vector<std::pair<nb::object, DataType>> dtypes;
+};
+Torch& torch() {
+  static Torch& instance = *new Torch;  // never destroyed: the interpreter may go before this library
+  return instance;
+}
+
+// Read by attributes: PyTorch's own DLPack export refuses tensors that require gradients, waits for streams, and takes microseconds.
+Tensor tensor_of_torch(const std::string& name, nb::handle source) {
+  Tensor tensor;
+  const nb::object dtype = source.attr("dtype"), shape = source.attr("shape"), stride = source.attr("stride")();
+  const auto known = std::find_if(torch().dtypes.begin(), torch().dtypes.end(), [&](const auto& entry) { return entry.first.is(dtype); });
+  if (known == torch().dtypes.end()) wrong_dtype(name, nb::cast<std::string>(nb::str(dtype)));
+  const int index = nb::cast<int>(source.attr("get_device")());
+  if (index >= 0 && !nb::cast<bool>(source.attr("is_cuda"))) {
+    throw nb::value_error(
+        (name + " is on device " + nb::cast<std::string>(nb::str(source.attr("device"))) + ", which is neither a CPU nor CUDA").c_str());
+  }
+  tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(source.attr("data_ptr")()));
+  tensor.view.dtype = known->second;
+  if (index >= 0) tensor.place = {DeviceType::kCuda, index};
+  set_shape(
+      name, tensor.view, nb::len(shape), [&](size_t i) { return nb::cast<int64_t>(shape[i]); },
+      [&](size_t i) { return nb::cast<int64_t>(stride[i]); });
+  return tensor;
+}
+
+// None; a PyTorch tensor; (address, DataType, DLPack device type, device index, shape, strides in elements); or an object that speaks
+// DLPack. The tuple is for NumPy, whose DLPack export knows neither read-only memory nor bfloat16.
 Tensor tensor_of(const std::string& name, nb::handle source) {
   Tensor tensor;
   if (source.is_none()) return tensor;
+  if (torch().tensor_type.is_valid() && PyObject_IsInstance(source.ptr(), torch().tensor_type.ptr()) == 1)
+    return tensor_of_torch(name, source);
   if (nb::isinstance<nb::tuple>(source)) {
     const auto fields = nb::borrow<nb::tuple>(source);
     if (fields.size() != 6) throw nb::value_error((name + " is a tuple of " + std::to_string(fields.size()) + " fields, not 6").c_str());
@@ -276,6 +313,14 @@ NB_MODULE(_core, m) {
       .def_prop_ro("problem", [](const Call& call) { return call.plan().problem().to_string(); })
       .def_prop_ro("workspace_bytes", [](const Call& call) { return call.plan().workspace_bytes(); });
 
+  m.def(
+      "use_torch",
+      [](nb::object tensor_type, nb::dict dtypes) {
+        torch().tensor_type = std::move(tensor_type);
+        torch().dtypes.clear();
+        for (auto [dtype, ours] : dtypes) torch().dtypes.emplace_back(nb::borrow(dtype), nb::cast<DataType>(ours));
+      },
+      "tensor_type"_a, "dtypes"_a, "Tells what PyTorch's tensors are: torch.Tensor, and DataType by torch.dtype.");
   m.def("empty", &empty, "shape"_a, "dtype"_a, "device_type"_a, "device_index"_a, "Memory of a device as an array that speaks DLPack.");
   m.def("synchronize", [](int index) { check(synchronize(value(Device::cuda(index)))); }, "index"_a, "Waits for a CUDA device.");
   m.def("devices", &Device::all, "Every processor that attention can run on here: the CPU, then the NVIDIA GPUs.");

@@ -11,9 +11,17 @@ import torch
 from . import _core
 from ._arrays import band
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # _core.DataType
-_DEVICES = {"cpu": 1, "cuda": 2}  # DLPack's device types
+_core.use_torch(
+    torch.Tensor,
+    {
+        torch.float32: _core.DataType.FLOAT32,
+        torch.bfloat16: _core.DataType.BFLOAT16,
+        torch.float16: _core.DataType.FLOAT16,
+        torch.int32: _core.DataType.INT32,
+    },
+)
 _WORKSPACE_ALIGNMENT = 256
+_SINK = 4  # place of sink among the options, the last that is a tensor
 
 # What forward and backward have in common: the optional tensors, then the problem.
 _OPTIONS = (
@@ -71,71 +79,44 @@ def attention(
 # --- The operators on real memory ---
 
 
-def _view(name, x):
-    if x is None:
-        return None
-    device = x.device
-    dtype, device_type = _TYPES.get(x.dtype), _DEVICES.get(device.type)
-    if dtype is None:
-        raise TypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}, which is none of float32, bfloat16, float16 and (lengths only) int32")
-    if device_type is None:
-        raise ValueError(f"{name} is on device {device}, which is neither a CPU nor CUDA")
-    return x.data_ptr(), dtype, device_type, device.index or 0, x.shape, x.stride()
-
-
 def _rows(x):
     """x, copied only where its last dimension is not contiguous: transposes, and the expanded gradients of sums."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _call(pass_, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, scale, softcap, left, right, top_left, max_q, max_k, deterministic):
-    return _core.Call(
-        pass_,
-        _view("q", q),
-        _view("k", k),
-        _view("v", v),
-        _view("cu_seqlens_q", cu_seqlens_q),
-        _view("cu_seqlens_k", cu_seqlens_k),
-        _view("seqused_k", seqused_k),
-        _view("alibi_slopes", alibi_slopes),
-        _view("sink", sink),
-        scale,
-        softcap,
-        left,
-        right,
-        top_left,
-        max_q,
-        max_k,
-        deterministic,
-        0 if q.is_cuda else torch.get_num_threads(),
-    )
+def _threads(q):
+    return 0 if q.is_cuda else torch.get_num_threads()
 
 
-def _run(call, q, **tensors):
-    """Runs on the current stream, with a workspace of PyTorch's allocator: nothing here waits, and CUDA graphs can capture it."""
-    views = {name: _view(name, x) for name, x in tensors.items()}
-    address = 0
-    if call.workspace_bytes:
-        workspace = torch.empty(call.workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=q.device)
-        address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-    call.run(**views, workspace=address, stream=stream)
+def _workspace(call, q):
+    """Memory of PyTorch's allocator, and the first address in it that is aligned: CUDA graphs can capture it."""
+    if not call.workspace_bytes:
+        return None, 0
+    memory = torch.empty(call.workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=q.device)
+    return memory, -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+
+
+def _stream(q):
+    return torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
 
 
 def _forward_kernel(q, k, v, *options):
     q, k, v = _rows(q), _rows(k), _rows(v)
-    call = _call(_core.Pass.FORWARD, q, k, v, *options)
+    call = _core.Call(_core.Pass.FORWARD, q, k, v, *options, _threads(q))
     o, lse = _forward_outputs(q, v)
-    _run(call, q, o=o, lse=lse)
+    memory, workspace = _workspace(call, q)
+    call.run(o, lse, workspace=workspace, stream=_stream(q))
     return o, lse
 
 
 def _backward_kernel(do, dlse, q, k, v, o, lse, *options):
-    do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
-    call = _call(_core.Pass.BACKWARD, q, k, v, *options)
-    dq, dk, dv, dsink = outputs = _backward_outputs(q, k, v, options[4])
-    _run(call, q, o=o, lse=lse, do=do, dlse=dlse, dq=dq, dk=dk, dv=dv, dsink=dsink if options[4] is not None else None)
-    return outputs
+    do, dlse, q, k, v = _rows(do), _rows(dlse), _rows(q), _rows(k), _rows(v)
+    call = _core.Call(_core.Pass.BACKWARD, q, k, v, *options, _threads(q))
+    has_sink = options[_SINK] is not None
+    dq, dk, dv, dsink = _backward_outputs(q, k, v, options[_SINK])
+    memory, workspace = _workspace(call, q)
+    call.run(o, lse, do, dlse, dq, dk, dv, dsink if has_sink else None, workspace, _stream(q))
+    return dq, dk, dv, dsink
 
 
 # --- What torch.compile needs to know: the same shapes without memory ---
@@ -155,33 +136,53 @@ def _forward_fake(q, k, v, *options):
 
 
 def _backward_fake(do, dlse, q, k, v, o, lse, *options):
-    return _backward_outputs(q, k, v, options[4])
+    return _backward_outputs(q, k, v, options[_SINK])
 
 
-# --- Autograd ---
-
-_TENSOR_OPTIONS = 5  # of the options, those that are tensors: cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink
+# --- Autograd: written out, because what torch.library.register_autograd generates costs 75 microseconds more a call ---
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, *options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *options[:_TENSOR_OPTIONS])
-    ctx.options = options[_TENSOR_OPTIONS:]
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *options):
+        with torch._C._AutoDispatchBelowAutograd():
+            o, lse = _forward(q, k, v, *options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, o, lse, *options[: _SINK + 1])
+        ctx.options = options[_SINK + 1 :]
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, *tensors = ctx.saved_tensors
+        none = (None,) * (_SINK + len(ctx.options))
+        if do is None and dlse is None:
+            return (None,) * (len(none) + 4)
+        if do is None:  # the loss depends on lse alone
+            do = torch.zeros_like(o)
+        dq, dk, dv, dsink = _backward(do, dlse, q, k, v, o, lse, *tensors, *ctx.options)
+        return dq, dk, dv, *none[:_SINK], None if tensors[_SINK] is None else dsink, *none[_SINK:]
 
 
-def _gradient(ctx, do, dlse):
-    q, k, v, o, lse, *tensors = ctx.saved_tensors
-    if do is None and dlse is None:
-        return (None,) * 16
-    if do is None:  # the loss depends on lse alone
-        do = torch.zeros_like(o)
-    dq, dk, dv, dsink = _backward(do, dlse, q, k, v, o, lse, *tensors, *ctx.options)
-    return dq, dk, dv, None, None, None, None, dsink if tensors[4] is not None else None, *(None,) * len(ctx.options)
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(*arguments)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("attention can be differentiated once: tilewise has no gradient of its backward")
 
 
-def _no_second_gradient(ctx, *gradients):
-    raise NotImplementedError("the gradient of tilewise's backward is not there: attention can be differentiated once")
+def _differentiable(operator, function):
+    def call(*arguments):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
 
 
 # --- Autocast: the element type is the autocast type, lse and sink stay float32 ---
@@ -200,7 +201,119 @@ for _key in ("CPU", "CUDA"):
     _library.impl("forward", _forward_kernel, _key)
     _library.impl("backward", _backward_kernel, _key)
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
+_library.impl("forward", _differentiable(_forward, _Attention), "Autograd")
+_library.impl("backward", _differentiable(_backward, _Gradient), "Autograd")
 torch.library.register_fake("tilewise::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tilewise::backward", _backward_fake, lib=_library)
-torch.library.register_autograd("tilewise::forward", _gradient, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("tilewise::backward", _no_second_gradient, lib=_library)
+
+
+# --- scaled_dot_product_attention ---
+
+
+def install():
+    """Registers "tilewise" as an implementation of torch.nn.functional.scaled_dot_product_attention, on CPUs and CUDA.
+
+    torch.nn.attention.activate_flash_attention_impl("tilewise") then uses it wherever PyTorch would use its flash kernel, and
+    restore_flash_attention_impl() ends that. Nothing happens on import. On a CPU calls with attn_mask or float64, which tilewise does not
+    have, go to PyTorch's own kernel as before; dropout raises NotImplementedError. Raises RuntimeError where the installed PyTorch has no
+    register_flash_attention_impl.
+    """
+    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
+        raise RuntimeError(f"torch {torch.__version__} has no torch.nn.attention.register_flash_attention_impl: install a newer one")
+    torch.nn.attention.register_flash_attention_impl("tilewise", register_fn=_Sdpa)
+
+
+class _Sdpa:
+    """PyTorch's flash operators overridden, until remove(). They take [batch, heads, seqlen, dim] and align causal masks top left."""
+
+    def __init__(self):
+        self._aten = torch.library.Library("aten", "IMPL")
+        self._cpu_forward = torch.library.get_kernel("aten::_scaled_dot_product_flash_attention_for_cpu", "CPU")
+        self._cpu_backward = torch.library.get_kernel("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "CPU")
+        for name, function, key in (
+            ("_scaled_dot_product_flash_attention_for_cpu", self._for_cpu, "CPU"),
+            ("_scaled_dot_product_flash_attention_for_cpu_backward", self._for_cpu_backward, "CPU"),
+            ("_scaled_dot_product_flash_attention", _sdpa, "CUDA"),
+            ("_scaled_dot_product_flash_attention_backward", _sdpa_backward, "CUDA"),
+            ("_flash_attention_forward", _flash, "CUDA"),
+            ("_flash_attention_backward", _flash_backward, "CUDA"),
+        ):
+            self._aten.impl(name, function, key, with_keyset=key == "CPU", allow_override=True)
+
+    def remove(self):
+        self._aten._destroy()
+
+    def _for_cpu(self, keyset, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
+        if attn_mask is not None or q.dtype == torch.float64:
+            return self._cpu_forward.call_boxed(keyset, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+        return _sdpa_forward(q, k, v, dropout_p, is_causal, scale)
+
+    def _for_cpu_backward(self, keyset, do, q, k, v, o, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
+        if attn_mask is not None or q.dtype == torch.float64:
+            return self._cpu_backward.call_boxed(keyset, do, q, k, v, o, lse, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+        return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale)
+
+
+def _options(scale, is_causal, top_left, window=(-1, -1), cu_seqlens=(None, None), seqused_k=None, alibi=None, lengths=(0, 0)):
+    left, right, _ = band(False, window, "bottom_right")
+    right = 0 if is_causal else right
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return *cu_seqlens, seqused_k, alibi, None, scale, 0.0, left, right, top_left, *lengths, deterministic
+
+
+def _no_dropout(dropout_p):
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p {dropout_p} is not 0, and tilewise has no dropout")
+
+
+def _heads_second(*tensors):
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+def _sdpa_forward(q, k, v, dropout_p, is_causal, scale):
+    _no_dropout(dropout_p)
+    o, lse = _forward(*_heads_second(q, k, v), *_options(scale, is_causal, top_left=True))
+    return o.transpose(1, 2), lse
+
+
+def _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale):
+    do, q, k, v, o = _heads_second(do, q, k, v, o)
+    return _heads_second(*_backward(do, None, q, k, v, o, lse, *_options(scale, is_causal, top_left=True))[:3])
+
+
+def _no_dropout_state(q):
+    """What PyTorch's operators return about the random numbers of a dropout that did not happen."""
+    return *(torch.empty(shape, dtype=torch.int64, device=q.device) for shape in ((2,), ())), q.new_empty(0)
+
+
+def _sdpa(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    o, lse = _sdpa_forward(q, k, v, dropout_p, is_causal, scale)
+    return o, lse, None, None, q.shape[2], k.shape[2], *_no_dropout_state(q)
+
+
+def _sdpa_backward(do, q, k, v, o, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None):
+    return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale)
+
+
+def _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, left, right, seqused_k=None, alibi=None):
+    window = tuple(-1 if side is None else side for side in (left, right))
+    lengths = (0, 0) if cum_seq_q is None else (max_q, max_k)
+    return _options(scale, is_causal, False, window, (cum_seq_q, cum_seq_k), seqused_k, alibi, lengths)
+
+
+# Under aten's own flash operators lies FlashAttention-2's interface: [batch, seqlen, heads, dim] or packed, causal aligned bottom right.
+# fmt: off
+def _flash(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None, window_size_left=None,
+           window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None):
+    _no_dropout(dropout_p)
+    if block_table is not None:
+        raise NotImplementedError("block_table is given, and tilewise has no paged key/value cache yet")
+    options = _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, window_size_left, window_size_right, seqused_k, alibi_slopes)
+    return *_forward(q, k, v, *options), *_no_dropout_state(q)
+
+
+def _flash_backward(do, q, k, v, o, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale=None,
+                    window_size_left=None, window_size_right=None):
+    options = _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, window_size_left, window_size_right)
+    return _backward(do, None, q, k, v, o, lse, *options)[:3]
+# fmt: on
