@@ -230,7 +230,7 @@ class Call {
   Plan plan_;
 };
 
-nb::ndarray<> empty(const std::vector<size_t>& shape, DataType dtype, int device_type, int device_index) {
+nb::ndarray<nb::array_api> empty(const std::vector<size_t>& shape, DataType dtype, int device_type, int device_index) {
   using Code = nb::dlpack::dtype_code;
   size_t elements = 1;
   for (const size_t extent : shape) elements *= extent;
@@ -238,7 +238,7 @@ nb::ndarray<> empty(const std::vector<size_t>& shape, DataType dtype, int device
   const Code code = dtype == DataType::kBFloat16 ? Code::Bfloat : dtype == DataType::kInt32 ? Code::Int : Code::Float;
   auto* buffer = new Buffer(value(Buffer::make(device_of(place_of("the result", device_type, device_index), 0), elements * bits / 8)));
   const nb::capsule owner(buffer, [](void* p) noexcept { delete static_cast<Buffer*>(p); });
-  return nb::ndarray<>(buffer->data(), shape.size(), shape.data(), owner, nullptr, {static_cast<uint8_t>(code), bits, 1}, device_type,
+  return nb::ndarray<nb::array_api>(buffer->data(), shape.size(), shape.data(), owner, nullptr, {static_cast<uint8_t>(code), bits, 1}, device_type,
                        device_index);
 }
 
