@@ -55,7 +55,8 @@ struct Place {
 Place place_of(const std::string& name, int device_type, int index) {
   if (device_type == kDLCPU || device_type == kDLCUDAHost) return {};
   if (device_type == kDLCUDA || device_type == kDLCUDAManaged) return {DeviceType::kCuda, index};
-  throw nb::value_error((name + " is on a device of DLPack type " + std::to_string(device_type) + ", which is neither a CPU nor CUDA").c_str());
+  throw nb::value_error(
+      (name + " is on a device of DLPack type " + std::to_string(device_type) + ", which is neither a CPU nor CUDA").c_str());
 }
 
 [[noreturn]] void wrong_dtype(const std::string& name, const std::string& dtype) {
@@ -238,8 +239,8 @@ nb::ndarray<nb::array_api> empty(const std::vector<size_t>& shape, DataType dtyp
   const Code code = dtype == DataType::kBFloat16 ? Code::Bfloat : dtype == DataType::kInt32 ? Code::Int : Code::Float;
   auto* buffer = new Buffer(value(Buffer::make(device_of(place_of("the result", device_type, device_index), 0), elements * bits / 8)));
   const nb::capsule owner(buffer, [](void* p) noexcept { delete static_cast<Buffer*>(p); });
-  return nb::ndarray<nb::array_api>(buffer->data(), shape.size(), shape.data(), owner, nullptr, {static_cast<uint8_t>(code), bits, 1}, device_type,
-                       device_index);
+  return nb::ndarray<nb::array_api>(buffer->data(), shape.size(), shape.data(), owner, nullptr, {static_cast<uint8_t>(code), bits, 1},
+                                    device_type, device_index);
 }
 
 }  // namespace
@@ -257,7 +258,8 @@ NB_MODULE(_core, m) {
 
   nb::class_<Device>(m, "Device", "A processor that attention can run on.")
       .def_static("cpu", &Device::cpu, "threads"_a = 0, "This machine's CPU; 0 threads: OMP_NUM_THREADS, or every core.")
-      .def_static("cuda", [](int index) { return value(Device::cuda(index)); }, "index"_a = 0, "An NVIDIA GPU; RuntimeError without one.")
+      .def_static(
+          "cuda", [](int index) { return value(Device::cuda(index)); }, "index"_a = 0, "An NVIDIA GPU; RuntimeError without one.")
       .def_prop_ro("type", [](const Device& d) { return d.type == DeviceType::kCpu ? "cpu" : "cuda"; })
       .def_ro("index", &Device::index)
       .def_ro("name", &Device::name)
@@ -266,8 +268,8 @@ NB_MODULE(_core, m) {
       .def_ro("desk_bytes", &Device::desk_bytes, "Fast memory of one unit: L2 cache of a core, shared memory of a multiprocessor.")
       .def_ro("memory_bytes", &Device::memory_bytes)
       .def("__repr__", [](const Device& d) {
-        return "<Device " + std::string(d.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(d.index)) + " " + d.name + ", " + d.arch +
-               ", " + std::to_string(d.units) + (d.type == DeviceType::kCpu ? " threads>" : " multiprocessors>");
+        return "<Device " + std::string(d.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(d.index)) + " " + d.name + ", " +
+               d.arch + ", " + std::to_string(d.units) + (d.type == DeviceType::kCpu ? " threads>" : " multiprocessors>");
       });
 
   nb::class_<Candidate>(m, "Candidate", "A kernel that was considered.")
@@ -278,8 +280,10 @@ NB_MODULE(_core, m) {
   nb::class_<Explanation>(m, "Explanation", "What a plan will do, counted from the mask, block by block.")
       .def_ro("kernel", &Explanation::kernel)
       .def_ro("candidates", &Explanation::candidates)
-      .def_prop_ro("block_m", [](const Explanation& e) { return e.tiles.block_m; }, "Query rows of a tile.")
-      .def_prop_ro("block_n", [](const Explanation& e) { return e.tiles.block_n; }, "Keys of a tile.")
+      .def_prop_ro(
+          "block_m", [](const Explanation& e) { return e.tiles.block_m; }, "Query rows of a tile.")
+      .def_prop_ro(
+          "block_n", [](const Explanation& e) { return e.tiles.block_n; }, "Keys of a tile.")
       .def_ro("work_items", &Explanation::work_items)
       .def_ro("full_tiles", &Explanation::full_tiles)
       .def_ro("masked_tiles", &Explanation::masked_tiles)
@@ -292,9 +296,9 @@ NB_MODULE(_core, m) {
       .def_ro("standard_extra_bytes", &Explanation::standard_extra_bytes)
       .def_ro("intensity", &Explanation::intensity, "flops / flash_bytes.")
       .def("__repr__", [](const Explanation& e) {
-        std::string text = "kernel " + e.kernel + ", tiles of " + std::to_string(e.tiles.block_m) + " x " + std::to_string(e.tiles.block_n) +
-                           ": " + std::to_string(e.full_tiles) + " full, " + std::to_string(e.masked_tiles) + " masked, " +
-                           std::to_string(e.skipped_tiles) + " skipped";
+        std::string text = "kernel " + e.kernel + ", tiles of " + std::to_string(e.tiles.block_m) + " x " +
+                           std::to_string(e.tiles.block_n) + ": " + std::to_string(e.full_tiles) + " full, " +
+                           std::to_string(e.masked_tiles) + " masked, " + std::to_string(e.skipped_tiles) + " skipped";
         for (const Candidate& c : e.candidates)
           if (!c.refusal.empty()) text += "\n  not " + c.name + ": " + c.refusal;
         return text;
@@ -322,7 +326,8 @@ NB_MODULE(_core, m) {
       },
       "tensor_type"_a, "dtypes"_a, "Tells what PyTorch's tensors are: torch.Tensor, and DataType by torch.dtype.");
   m.def("empty", &empty, "shape"_a, "dtype"_a, "device_type"_a, "device_index"_a, "Memory of a device as an array that speaks DLPack.");
-  m.def("synchronize", [](int index) { check(synchronize(value(Device::cuda(index)))); }, "index"_a, "Waits for a CUDA device.");
+  m.def(
+      "synchronize", [](int index) { check(synchronize(value(Device::cuda(index)))); }, "index"_a, "Waits for a CUDA device.");
   m.def("devices", &Device::all, "Every processor that attention can run on here: the CPU, then the NVIDIA GPUs.");
   m.def(
       "explain",

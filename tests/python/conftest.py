@@ -17,3 +17,11 @@ def needs(*modules):
             if error.name != name:
                 raise
             pytest.skip(f"{name} is not installed", allow_module_level=True)
+
+
+try:
+    import torch
+except ModuleNotFoundError:
+    pass
+else:
+    torch.set_num_threads(1)  # the problems are tiny, and threads that wait for each other are slow where cores are shared
