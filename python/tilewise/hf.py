@@ -3,12 +3,13 @@
 Transformers asks an implementation for two functions: one that attends, and one that turns a model's mask into what the first wants.
 Without the second the mask is silently None. Here a mask is one of
 
-    None                no padding; the layer says whether it is causal and how wide its window is
-    bool [batch, keys]  keys that are no padding; with the band that the model's mask function describes, where it is known
-    int [batch, keys]   the sequence that a token belongs to, where several are packed into a row
+    None                no padding; the layer says whether it is causal
+    [batch, keys]       not 0 for keys that are no padding; with the band that the model's mask function describes, where it is known
+    [batch, 1, keys]    the sequence that a token belongs to, where several are packed into a row
     4 dimensions        a model's own, or one that is none of the above: taken where it is a band and padding, else refused
 
-so nothing of size queries x keys is made for causal masks, windows and padding.
+so nothing of size queries x keys is made for causal masks, windows and padding. Masks are read outside of torch.compile's graphs: what is in
+them decides what is computed.
 """
 
 import torch
@@ -33,6 +34,7 @@ def register(name="tilewise"):
     AttentionMaskInterface.register(name, mask)
 
 
+@torch.compiler.disable
 def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=None, cache_position=None, q_length=None, q_offset=0, **others):
     """The mask function: what Transformers knows about a mask, as attention() wants it. See the head of this file.
 
@@ -43,10 +45,12 @@ def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=No
     known = _describe(mask_function)
     if known is not None:
         band, segments = known
+        if segments is not None and attention_mask is None and bool((segments == segments[:, :1]).all()):
+            segments = None  # torch.compile has Transformers give them always
         # Bands are aligned bottom right. A static cache, with room behind the last key, is not.
         aligned = band == (-1, -1) or int(q_offset) - kv_offset == kv_length - q_length
         if segments is not None and attention_mask is None and segments.shape[-1] == kv_length == q_length:
-            return _with_band(segments.expand(batch_size, -1), band)
+            return _with_band(segments.expand(batch_size, -1)[:, None], band)
         if segments is None and aligned:
             keys = _keys(attention_mask, kv_length, kv_offset)
             if keys is None and band[0] >= 0:  # a layer must not forget its window
@@ -78,24 +82,27 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     # fmt: on
     _refuse(module, dropout, scaling, others)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    band = getattr(attention_mask, "_tilewise_band", None)
-    if band is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        side = -1 if sliding_window is None else sliding_window - 1  # a window of n keys counts the query's own
-        band = (side, 0 if causal else side)
-    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "window": band}
-
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    side = -1 if sliding_window is None else sliding_window - 1  # a window of n keys counts the query's own
+    band = (side, 0 if causal else side)
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        return _packed(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, options), None
-    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype != torch.bool and hasattr(attention_mask, "_tilewise_band"):
-        starts = _starts(attention_mask)
-        return _packed(q, k, v, starts, starts, None, None, options), None
-    if attention_mask is not None and attention_mask.dim() == 4:
+        return _packed(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, window=band, **options), None
+    if attention_mask is None:
+        return attend(q, k, v, window=band, **options), None
+    return _masked(q, k, v, attention_mask, band, options), None
+
+
+@torch.compiler.disable
+def _masked(q, k, v, attention_mask, band, options):
+    band = getattr(attention_mask, "_tilewise_band", band)
+    if attention_mask.dim() == 3:
+        starts = _starts(attention_mask[:, 0])
+        return _packed(q, k, v, starts, starts, None, None, window=band, **options)
+    if attention_mask.dim() == 4:
         attention_mask = _keys_of_dense(attention_mask, q.shape[0], q.shape[1], k.shape[1], band)
         k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
-    if attention_mask is None:
-        return attend(q, k, v, **options), None
-    return _padded(q, k, v, attention_mask, band, options), None
+    return _padded(q, k, v, attention_mask, band, options)
 
 
 def _refuse(module, dropout, scaling, others):
@@ -159,8 +166,7 @@ def _narrower(a, b):
 
 
 def _with_band(keys, band):
-    if not torch.compiler.is_compiling():
-        keys._tilewise_band = band
+    keys._tilewise_band = band
     return keys
 
 
@@ -170,7 +176,7 @@ def _keys(attention_mask, kv_length, kv_offset):
         return None
     keys = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     keys = torch.nn.functional.pad(keys, (0, kv_length - keys.shape[1]))
-    return None if not torch.compiler.is_compiling() and bool(keys.all()) else keys
+    return None if bool(keys.all()) else keys
 
 
 def _keys_of_dense(dense, batch, seqlen_q, seqlen_k, band):
@@ -203,7 +209,7 @@ def _keys_of_dense(dense, batch, seqlen_q, seqlen_k, band):
 # --- Padding and packing ---
 
 
-def _packed(q, k, v, starts_q, starts_k, max_q, max_k, options):
+def _packed(q, k, v, starts_q, starts_k, max_q, max_k, **options):
     rows = (x.flatten(0, 1) for x in (q, k, v))
     lengths = {"max_seqlen_q": int(max_q or 0), "max_seqlen_k": int(max_k or 0)}
     return attend(*rows, cu_seqlens_q=starts_q.int(), cu_seqlens_k=starts_k.int(), **lengths, **options).unflatten(0, q.shape[:2])
@@ -249,7 +255,7 @@ def _padded(q, k, v, keys, band, options):
         padding = _Padding(keys.bool(), seqlen_q, banded)
         keys._tilewise_padding = padding, version
     if padding.none:
-        return attend(q, k, v, **options)
+        return attend(q, k, v, window=band, **options)
     if banded and padding.holes and (band[0] >= 0 or band[1] > 0):
         raise NotImplementedError("attention_mask hides keys between others, and tilewise's windows count every key: pad at the ends only")
     queries = q.flatten(0, 1)
@@ -261,6 +267,7 @@ def _padded(q, k, v, keys, band, options):
         cu_seqlens_k=padding.starts_k,
         max_seqlen_q=padding.max_q,
         max_seqlen_k=padding.max_k,
+        window=band,
         **options,
     )
     return o.unflatten(0, (batch, seqlen_q)) if padding.queries is None else pad_input(o, padding.queries, batch, seqlen_q)
