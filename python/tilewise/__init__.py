@@ -16,7 +16,7 @@ __version__ = _core.__version__
 __all__ = ["Device", "Explanation", "Gradients", "attention", "attention_backward", "devices", "explain"]
 
 
-def explain(problem, device=None, *, lengths_q=(), lengths_k=()):
+def explain(problem: str, device: Device | None = None, *, lengths_q=(), lengths_k=()) -> Explanation:
     """What a plan will do, and every kernel with the sentence of its refusal.
 
     problem: words in any order, as in "bwd b2 q4096 k4096 h32/8 d128 bf16 causal"; README.md has the grammar.

@@ -1,13 +1,13 @@
 """attention() for arrays of any framework: NumPy, CuPy, JAX and whatever else speaks DLPack. PyTorch's tensors go to tilewise.torch."""
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from . import _core
 
 _CPU, _CUDA = 1, 2  # DLPack's device types
 _NUMPY_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int32": 3}  # _core.DataType
-_ALIGNMENTS = ("bottom_right", "top_left")
+Alignment = Literal["bottom_right", "top_left"]
 
 
 class Gradients(NamedTuple):
@@ -20,25 +20,25 @@ class Gradients(NamedTuple):
 
 
 def attention(
-    q,
-    k,
-    v,
+    q: Any,
+    k: Any,
+    v: Any,
     *,
-    causal=False,
-    window=(-1, -1),
-    alignment="bottom_right",
-    softmax_scale=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    sink=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=0,
-    max_seqlen_k=0,
-    seqused_k=None,
-    deterministic=False,
-    return_lse=False,
-):
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alignment: Alignment = "bottom_right",
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sink: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    seqused_k: Any = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Any:
     """softmax(softmax_scale * q k^T) v, exactly, with memory that grows with the length and not with its square.
 
     Arrays of one framework on one device: float32, bfloat16 or float16, any strides as long as the last dimension is contiguous. Nothing
@@ -79,28 +79,28 @@ def attention(
 
 
 def attention_backward(
-    do,
-    q,
-    k,
-    v,
-    o,
-    lse,
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
     *,
-    dlse=None,
-    causal=False,
-    window=(-1, -1),
-    alignment="bottom_right",
-    softmax_scale=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    sink=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=0,
-    max_seqlen_k=0,
-    seqused_k=None,
-    deterministic=False,
-):
+    dlse: Any = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alignment: Alignment = "bottom_right",
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sink: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    seqused_k: Any = None,
+    deterministic: bool = False,
+) -> Gradients:
     """The gradients of attention() with respect to q, k, v and sink.
 
     do: the gradient of o, shaped as o. o, lse: what attention(..., return_lse=True) returned for the same q, k, v and options.
@@ -122,13 +122,13 @@ def attention_backward(
     return Gradients(*(framework.give(x) for x in (dq, dk, dv, dsink)))
 
 
-def band(causal, window, alignment):
+def band(causal: bool, window: tuple[int | None, int | None], alignment: Alignment) -> tuple[int, int, bool]:
     """window_left, window_right and whether the diagonal starts at the top left; causal is window_right 0."""
     left, right = (-1 if side is None else int(side) for side in window)
     if causal and right > 0:
         raise ValueError(f"window right {right} contradicts causal, which is window right 0")
-    if alignment not in _ALIGNMENTS:
-        raise ValueError(f"alignment {alignment!r} is none of {', '.join(_ALIGNMENTS)}")
+    if alignment not in ("bottom_right", "top_left"):
+        raise ValueError(f"alignment {alignment!r} is neither 'bottom_right' nor 'top_left'")
     return left, 0 if causal else right, alignment == "top_left"
 
 

@@ -20,7 +20,7 @@ from .torch import attention as attend
 _MASKS = "transformers.masking_utils"
 
 
-def register(name="tilewise"):
+def register(name: str = "tilewise") -> None:
     """Registers attention and mask functions, so that from_pretrained(..., attn_implementation=name) uses tilewise.
 
     Raises ImportError where the installed Transformers has no AttentionMaskInterface (it came with 4.53).
@@ -249,7 +249,7 @@ def _padded(q, k, v, keys, band, options):
     banded = band != (-1, -1)
     if keys.shape != (batch, k.shape[1]) or banded and seqlen_q > k.shape[1]:
         raise ValueError(f"attention_mask has shape {list(keys.shape)}, but there are {batch} sequences, {seqlen_q} queries and {k.shape[1]} keys")
-    version = (keys._version, seqlen_q, banded)
+    version = (None if keys.is_inference() else keys._version, seqlen_q, banded)
     padding, of = getattr(keys, "_tilewise_padding", (None, None))
     if of != version:
         padding = _Padding(keys.bool(), seqlen_q, banded)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import _core
-from ._arrays import band
+from ._arrays import Alignment, band
 
 _core.use_torch(
     torch.Tensor,
@@ -44,7 +44,7 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
-    alignment: str = "bottom_right",
+    alignment: Alignment = "bottom_right",
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
@@ -56,7 +56,7 @@ def attention(
     seqused_k: torch.Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
-):
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """tilewise.attention() for PyTorch: same arguments, shapes, results and errors, on the tensors' device and its current stream.
 
     Differentiable in q, k, v and sink, through o and through lse; not twice. Under autocast q, k and v take its type. sink may have any
@@ -210,7 +210,7 @@ torch.library.register_fake("tilewise::backward", _backward_fake, lib=_library)
 # --- scaled_dot_product_attention ---
 
 
-def install():
+def install() -> None:
     """Registers "tilewise" as an implementation of torch.nn.functional.scaled_dot_product_attention, on CPUs and CUDA.
 
     torch.nn.attention.activate_flash_attention_impl("tilewise") then uses it wherever PyTorch would use its flash kernel, and

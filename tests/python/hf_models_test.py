@@ -155,6 +155,14 @@ def test_greedy_generation_with_cache(family, side, monkeypatch):
     assert count.calls == 8 * eager.config.num_hidden_layers
 
 
+def test_inference_mode():
+    eager, ours = pair_of(*DECODERS["llama"])
+    ids, keep = batch_of("left")
+    with torch.inference_mode():
+        expected, got = (model(input_ids=ids, attention_mask=keep).logits[keep.bool()] for model in (eager, ours))
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5)
+
+
 def test_generation_with_static_cache():
     eager, ours = pair_of(*DECODERS["llama"])
     ids, keep = batch_of("left")

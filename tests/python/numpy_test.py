@@ -143,7 +143,7 @@ def test_errors_name_argument_value_and_rule():
         (ValueError, "q has 3 dimensions", lambda: tilewise.attention(q[0], k, v)),
         (ValueError, "q has 5 dimensions", lambda: tilewise.attention(q[None], k, v)),
         (ValueError, "window right 3 contradicts causal", lambda: tilewise.attention(q, k, v, causal=True, window=(1, 3))),
-        (ValueError, "alignment 'middle' is none of", lambda: tilewise.attention(q, k, v, alignment="middle")),
+        (ValueError, "alignment 'middle' is neither", lambda: tilewise.attention(q, k, v, alignment="middle")),
         (ValueError, "softcap -1 is negative", lambda: tilewise.attention(q, k, v, softcap=-1.0)),
         (ValueError, "q has 4 dimensions, but packed tensors", lambda: tilewise.attention(q, k, v, cu_seqlens_q=packed, cu_seqlens_k=packed)),
         (ValueError, "last dimension must be contiguous", lambda: tilewise.attention(q[..., ::2], k[..., ::2], v)),
