@@ -211,6 +211,20 @@ def test_packed_rows():
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_flattened_batch():
+    """Sequences one after the other with their lengths, as DataCollatorWithFlattening gives them, are the sequences one by one."""
+    _, ours = pair_of(*DECODERS["mistral_window"])
+    ids, _ = batch_of("none", lengths=(13,))
+    lengths = (9, 1, 3)
+    starts = torch.tensor([0, 9, 10, 13], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    sizes = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
+    with torch.no_grad():
+        flat = ours(input_ids=ids, position_ids=positions, use_cache=False, **sizes).logits
+        alone = torch.cat([ours(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(flat, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_mask_of_its_own_is_used_or_refused():
     eager, ours = pair_of(*DECODERS["llama"])
     ids, keep = batch_of("left")

@@ -16,3 +16,9 @@ def test_loss_curves_coincide():
     assert sum(eager[-10:]) / 10 < 0.5 * eager[0]
     # Rounding differs, and training lets differences grow: they stay far below what a step changes.
     assert max(abs(a - b) for a, b in zip(eager, ours)) < 1e-3
+
+
+def test_example_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["07_torch.py", "--steps", "3"])
+    importlib.import_module("07_torch").main()
+    assert "largest difference" in capsys.readouterr().out
