@@ -4,7 +4,9 @@ import pathlib
 
 import tilewise
 
-FILES = [path for path in pathlib.Path(tilewise.__file__).parent.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+# Two folders where the package is installed for editing.
+FOLDERS = {pathlib.Path(module.__file__).parent for module in (tilewise, tilewise._core)}
+FILES = [path for folder in FOLDERS for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
 
 
 def test_nothing_is_missing_and_it_is_small():
