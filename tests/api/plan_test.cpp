@@ -394,6 +394,26 @@ TEST(OneCall, EqualsPlanAndRun) {
   EXPECT_TRUE(backward(b.do_, b.q, b.k, b.v, b.o, b.lse, b.dq, b.dk, b.dv, options).ok());
 }
 
+TEST(Describe, IsTheProblemOfTheTensors) {
+  const auto view = [](std::initializer_list<int64_t> shape, DataType dtype) { return TensorView::contiguous(nullptr, dtype, shape); };
+  constexpr DataType bf16 = DataType::kBFloat16;
+  Options options;
+  options.causal = true;
+  options.window_left = 7;
+  options.softcap = 30;
+  const TensorView q = view({2, 5, 8, 64}, bf16), k = view({2, 9, 2, 64}, bf16), v = view({2, 9, 2, 32}, bf16);
+  EXPECT_EQ(describe(Pass::kBackward, q, k, v, options).value().to_string(), "bwd b2 q5 k9 h8/2 d64/32 bf16 window=7,0 softcap=30");
+
+  const std::vector<int32_t> starts_q = {0, 3, 3, 10}, starts_k = {0, 4, 6, 11};  // a CPU may read the longest
+  Options packed;
+  packed.cu_seqlens_q = TensorView::contiguous(starts_q.data(), DataType::kInt32, {4});
+  packed.cu_seqlens_k = TensorView::contiguous(starts_k.data(), DataType::kInt32, {4});
+  const TensorView rows_q = view({10, 4, 16}, DataType::kFloat32), rows_k = view({11, 4, 16}, DataType::kFloat32);
+  EXPECT_EQ(describe(Pass::kForward, rows_q, rows_k, rows_k, packed).value().to_string(), "fwd b3 q7 k5 h4 d16 fp32 packed tq10 tk11");
+  EXPECT_EQ(describe(Pass::kForward, q, rows_k, v).status().message(),
+            "k has 3 dimensions, but tensors have 4 where no cu_seqlens is given");
+}
+
 TEST(OneCall, RefusesWhatIsNoProblem) {
   Call call("q5 d8");
   const Arguments& a = call.arguments;
