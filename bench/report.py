@@ -92,7 +92,8 @@ def traffic(everything):
 
 
 def gpu_source(run):
-    return f"{run['device']}, PyTorch {run['torch']}, {run['date']}, commit {run['commit']}"
+    note = f" ({run['note']})" if "note" in run else ""
+    return f"{run['device']}, PyTorch {run['torch']}, {run['date']}, commit {run['commit']}{note}"
 
 
 def gpu(everything):
@@ -108,7 +109,7 @@ def gpu(everything):
     summary = run["summary"]["fwd"]
     return (
         f"{table(('bf16, forward', *lengths), rows)}\n\nTFLOP/s, and the ratio to the best peer; geometric mean of {summary['cases']} cases "
-        f"{summary['geomean']:.2f}, least {summary['lowest']:.2f}. `bench/gpu.sh`, {gpu_source(run)}."
+        f"{summary['geomean']:.2f}, least {summary['lowest']:.2f}. {gpu_source(run)}."
     )
 
 
@@ -124,12 +125,15 @@ def race(everything):
     run = everything["race"]
     means = [(name, mean["cases"], f"{mean['geomean']:.2f}", f"{mean['lowest']:.2f}") for name, mean in run["summary"].items()]
     head = "group", "cases", "geometric mean of ratios", "least"
-    return f"{table(head, means)}\n\n{cases(run, ['fwd'])}\n\n`bench/gpu.sh`, {gpu_source(run)}."
+    return f"{table(head, means)}\n\n{cases(run, ['fwd'])}\n\n{gpu_source(run)}."
 
 
 def more(everything):
     run = everything["race"]
-    return f"{cases(run, sorted({row['kind'] for row in run['rows']} - {'fwd'}))}\n\n`bench/gpu.sh`, {gpu_source(run)}."
+    kinds = sorted({row["kind"] for row in run["rows"]} - {"fwd"})
+    if not kinds:
+        return "Not measured with this kernel yet."
+    return f"{cases(run, kinds)}\n\n`bench/gpu.sh`, {gpu_source(run)}."
 
 
 def host(everything):
