@@ -4,9 +4,9 @@
 #include <atomic>
 #include <limits>
 
+#include "cuda/arguments.h"
 #include "cuda/backend.h"
 #include "cuda/forward_rows.h"
-#include "cuda/tensor_map.h"
 
 namespace tilewise::cuda {
 namespace {
@@ -33,13 +33,6 @@ std::string forward_name(const ForwardConfig& c) {
 }
 
 constexpr float kSmallestScale = 1e-30f;  // below it, products would be flushed to 0
-
-// "head_dim 80 is above 64", "head_dim 20 is not a multiple of 8".
-std::string refuse_dim(const char* name, int64_t dim, int largest) {
-  const std::string text = std::string(name) + " " + std::to_string(dim);
-  if (dim % 8 != 0) return text + " is not a multiple of 8";
-  return dim > largest ? text + " is above " + std::to_string(largest) : std::string();
-}
 
 // A bound on the tiles. A packed batch has at most one that is not full for each sequence.
 int64_t tiles_of(const Problem& p, int block_m) {
@@ -74,31 +67,6 @@ std::string forward_refusal(const ForwardRow& row, const Problem& p, const Devic
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
   if (const int64_t tiles = tiles_of(p, c.block_m()); tiles > std::numeric_limits<int>::max() - 2 * device.units)
     return "batch, heads and seqlen_q make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";
-  return {};
-}
-
-// [batch, rows, heads, columns], or packed [rows, heads, columns], for plain loads and for the copy engine.
-Elements elements(const TensorView& t) {
-  if (t.rank == 3) return {t.data, 0, t.stride[0], t.stride[1]};
-  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
-}
-MapSource map_source(const TensorView& t, bool bfloat16) {
-  if (t.rank == 3) return {t.data, bfloat16, 1, t.shape[0], t.shape[1], t.shape[2], 0, t.stride[0], t.stride[1]};
-  return {t.data, bfloat16, t.shape[0], t.shape[1], t.shape[2], t.shape[3], t.stride[0], t.stride[1], t.stride[2]};
-}
-
-// The copy engine and 16-byte stores need rows that begin at multiples of 16 bytes.
-Status check_rows(const char* name, const TensorView& t) {
-  const std::string rule = " is not a multiple of 16 bytes, which sm_90 kernels need";
-  if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) return unsupported(std::string(name) + ": the address of its first element" + rule);
-  for (int i = 0; i + 1 < t.rank; ++i) {
-    if (t.shape[i] <= 1) continue;
-    if (t.stride[i] % 8 != 0)
-      return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) + rule);
-    if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39)
-      return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) +
-                         " is not between 0 and 2^39 elements, which sm_90 kernels need");
-  }
   return {};
 }
 
@@ -191,7 +159,9 @@ Kernel forward_kernel() {
 
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> kKernels = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    return std::vector<Kernel>{forward_kernel<static_cast<int>(kIndex)>()...};
+    std::vector<Kernel> rows{forward_kernel<static_cast<int>(kIndex)>()...};
+    rows.insert(rows.end(), backward_kernels().begin(), backward_kernels().end());
+    return rows;
   }
   (std::make_index_sequence<kForwardRows>());
   return kKernels;

@@ -1,0 +1,543 @@
+// Exact attention backward on Hopper: a block of keys with its dk and dv stays on an SM while the queries that see it pass by. Read from
+// top to bottom, it is in the order of events.
+//
+// A CTA owns 128 keys of one key/value head and walks over tiles of 64 queries of every query head of the group:
+//   S^T = K Q^T      P^T = 2^(S^T - lse)         dV += P^T dO
+//   dP^T = V dO^T    dS^T = P^T (dP^T - delta)   dK += dS^T Q     dQ += dS K
+// Two main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
+// already the register operands of the products that follow. Only dS goes through shared memory, to the third warpgroup, which multiplies
+// it with K, adds dQ to float32 sums in global memory straight from its registers, and has the copy engine load queries on the way.
+// A main warpgroup issues   dP(i) | dV(i) | dK(i) S(i+1) | dP(i+1)   so that its exponentials run under its own dP, its dS under its own dV.
+#pragma once
+
+#include "cuda/kernels/backward_params.h"
+#include "cuda/kernels/backward_rows_sm90.cuh"
+#include "cuda/ptx/scalar.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/gemm.cuh"
+#include "cuda/tile/load.cuh"
+#include "cuda/tile/pipeline.cuh"
+#include "cuda/tile/shared.cuh"
+#include "cuda/tile/store.cuh"
+
+namespace tilewise {
+
+constexpr int kSlots = 2;  // tiles of ds on their way to the dq warpgroup
+
+// A place in a row of stages, of any number.
+template <int kStages>
+struct Cycle {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// What a CTA does. Written once, read by all.
+struct BackwardWork {
+  Trimmed part;
+  long long first_tile;
+  int batch, head;         // of keys and values
+  int n_block, n_begin;    // of the trimmed sequence
+  BlockRange all, mine[2];  // tiles of queries that see the block, and each warpgroup's 64 keys
+};
+
+// What is loaded next. In shared memory, since registers are for accumulators.
+template <int kStages>
+struct LoadState {
+  int left, head, m;
+  Cycle<kStages> at;
+};
+
+template <BackwardConfig C>
+struct BackwardShared {
+  static constexpr int kRows = 64;
+  tile::Tile<kRows, C.head_dim> k[2];
+  tile::Tile<kRows, C.head_dim_v> v[2];
+  tile::Tile<kBlockM, C.head_dim> q[C.stages];
+  tile::Tile<kBlockM, C.head_dim_v> do_[C.stages];
+  tile::Tile<kBlockM, kRows> ds[kSlots][2];  // queries are rows, a main warpgroup's keys columns
+  tile::Tile<kBlockM, kRows> nothing;        // zeros, for a warpgroup whose keys a tile does not see
+  float rows[C.stages][2][kBlockM];          // -lse in units of log2; delta
+  BackwardWork work;
+  LoadState<C.stages> load;
+  tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
+  tile::Barrier ds_full[kSlots][2], ds_empty[kSlots][2];
+
+  __device__ __forceinline__ void init_barriers() {
+    k_full.init(2);
+    v_full.init(2);
+    for (int i = 0; i < C.stages; ++i) {
+      q_full[i].init(2);  // the tile and the rows
+      do_full[i].init(1);
+      q_empty[i].init(8);  // warps of the main warpgroups
+    }
+    for (int i = 0; i < kSlots; ++i)
+      for (int j = 0; j < 2; ++j) {
+        ds_full[i][j].init(4);
+        ds_empty[i][j].init(4);
+      }
+    ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
+  }
+};
+
+// The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
+__device__ __forceinline__ int same_in_all_lanes(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
+// Finds the CTA's work and writes 0 to rows of dk and dv that take no part. By one warp. Long blocks come first under a causal mask; where
+// the order of additions to dq matters, blocks come falling, so that whoever is waited for has been launched before.
+template <BackwardConfig C>
+__device__ __forceinline__ void find_work(const BackwardParams& params, BackwardWork& work) {
+  const bool packed = params.cu_seqlens_k != nullptr;
+  const auto index = static_cast<int>(blockIdx.x);
+  const int head = index / params.k_blocks, block = index % params.k_blocks;
+  Place place = {head / (params.num_heads / params.group), block, params.k_blocks};
+  if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n, block);
+  if (place.batch >= 0) {
+    if (params.deterministic) place.block = place.blocks - 1 - place.block;
+    const Sequence whole = whole_sequence(params, place.batch);
+    work.part = trimmed_sequence(params, place.batch);
+    work.first_tile = first_tile(params, whole.q_row, place.batch);
+    work.batch = place.batch;
+    work.head = packed ? head : head % (params.num_heads / params.group);
+    work.n_block = place.block;
+    work.n_begin = place.block * C.block_n;
+    const Band& band = work.part.band;
+    const auto tiles_of = [&](int begin, int keys) {
+      return begin < band.seqlen_k ? q_blocks(band, begin, min_of(begin + keys, band.seqlen_k), kBlockM) : BlockRange{0, 0, 0, 0};
+    };
+    work.all = tiles_of(work.n_begin, C.block_n);
+    for (int i = 0; i < 2; ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
+    __syncwarp();
+    const int outside = min_of(C.block_n, whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+    for (int i = 0; i < outside; ++i) {
+      const int row = outside_row(work.n_begin + i, work.part.k_begin, band.seqlen_k);
+      uint16_t* dk = row_of(params.dk, packed, work.batch, whole.k_row + row, work.head);
+      uint16_t* dv = row_of(params.dv, packed, work.batch, whole.k_row + row, work.head);
+      if (lane * 8 < params.head_dim) *reinterpret_cast<uint4*>(dk + lane * 8) = make_uint4(0, 0, 0, 0);
+      if (lane * 8 < params.head_dim_v) *reinterpret_cast<uint4*>(dv + lane * 8) = make_uint4(0, 0, 0, 0);
+    }
+  } else {
+    work.all = work.mine[0] = work.mine[1] = {0, 0, 0, 0};
+    work.part.band.seqlen_k = work.n_begin = 0;
+  }
+}
+
+// One main warpgroup: 64 keys, their dk and dv.
+template <BackwardConfig C>
+struct KeyGradients {
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  const int part;  // which warpgroup
+  const bool leader = threadIdx.x % 32 == 0;
+
+  float s[32];  // 64 keys x 64 queries
+  uint32_t p[16];
+  uint32_t derivative[16];  // of the softcap
+  float dk[C.head_dim / 2], dv[C.head_dim_v / 2];
+  Cycle<C.stages> rows;    // the present tile of queries
+  tile::Ring<kSlots> slot;  // where its ds goes
+
+  __device__ __forceinline__ void issue_scores() {
+    shared.q_full[rows.stage].wait(rows.parity);
+    ptx::wgmma_fence();
+    tile::multiply_scores<C.element, C.head_dim, kBlockM>(s, shared.k[part], shared.q[rows.stage], 0);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_dp(float (&to)[32]) {
+    shared.do_full[rows.stage].wait(rows.parity);
+    ptx::wgmma_fence();
+    tile::multiply_scores<C.element, C.head_dim_v, kBlockM>(to, shared.v[part], shared.do_[rows.stage], 0);
+    ptx::wgmma_commit();
+  }
+
+  // Pairs of a block at the edge that are not visible become 0.
+  __device__ __forceinline__ void mask(float (&x)[32], int m) {
+    const Band& band = shared.work.part.band;
+    const int key = shared.work.n_begin + 64 * part + tile::this_lane().row, query = m * kBlockM + tile::this_lane().column;
+    int begin[2], end[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      begin[r] = first_query(band, key + 8 * r) - query;
+      end[r] = key + 8 * r < band.seqlen_k ? end_query(band, key + 8 * r) - query : -kUnbounded;
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      if (tile::column_of(i) < begin[tile::row_of(i)] || tile::column_of(i) >= end[tile::row_of(i)]) x[i] = 0;
+  }
+
+  // p from s, which keeps it in float32 where nothing else needs its registers.
+  __device__ __forceinline__ void probabilities(int head, int m, bool edge) {
+    const float* lse = shared.rows[rows.stage][0] + tile::this_lane().column;
+    const float factor = params.scale * kLog2e;
+    float slope = 0, distance = 0;
+    if constexpr (C.modified) {
+      slope = params.alibi_slopes ? params.alibi_slopes[shared.work.batch * params.alibi_batch + head] * kLog2e : 0;
+      distance = static_cast<float>(shared.work.n_begin + 64 * part + tile::this_lane().row - (m * kBlockM + tile::this_lane().column) -
+                                    shared.work.part.band.offset);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j);
+      float slopes[4];  // of the softcap
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int i = 4 * j + n;
+        if constexpr (C.modified) {
+          float x = s[i] * params.scale;
+          slopes[n] = 1;
+          if (params.softcap > 0) {
+            const float tanh = 1 - 2 * __fdividef(1, 1 + ptx::exp2(x * (2 * kLog2e / params.softcap)));  // to 1e-7 everywhere
+            slopes[n] = 1 - tanh * tanh;
+            x = params.softcap * tanh;
+          }
+          x = x * kLog2e - slope * fabsf(distance + static_cast<float>(8 * tile::row_of(i) - tile::column_of(i)));
+          s[i] = ptx::exp2(x + (n % 2 ? l.y : l.x));
+        } else {
+          s[i] = ptx::exp2(fmaf(s[i], factor, n % 2 ? l.y : l.x));
+        }
+      }
+      if constexpr (C.modified)
+        for (int n = 0; n < 2; ++n) derivative[2 * j + n] = ptx::pack<C.element>(slopes[2 * n], slopes[2 * n + 1]);
+    }
+    if (edge) mask(s, m);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) p[i] = ptx::pack<C.element>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Element i of two in a register.
+  static __device__ __forceinline__ float half_of(uint32_t x, int i) {
+    return ptx::to_float<C.element>(static_cast<uint16_t>(i % 2 ? x >> 16 : x));
+  }
+  __device__ __forceinline__ float weight(int i) {
+    if constexpr (C.keep_p) return s[i];  // then nothing is modified
+    return C.modified ? half_of(p[i / 2], i) * half_of(derivative[i / 2], i) : half_of(p[i / 2], i);
+  }
+
+  // ds from p and dp.
+  __device__ __forceinline__ void score_gradients(float (&dp)[32], uint32_t (&ds)[16], int m, bool edge) {
+    const float* delta = shared.rows[rows.stage][1] + tile::this_lane().column;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 d = *reinterpret_cast<const float2*>(delta + 8 * j);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) dp[4 * j + n] = weight(4 * j + n) * (dp[4 * j + n] - (n % 2 ? d.y : d.x));
+    }
+    if (edge) mask(dp, m);  // 0 times what is not finite
+#pragma unroll
+    for (int i = 0; i < 16; ++i) ds[i] = ptx::pack<C.element>(dp[2 * i], dp[2 * i + 1]);
+  }
+
+  // Waits for a free slot and writes ds there, with queries as rows.
+  __device__ __forceinline__ void store_ds(const uint32_t (&ds)[16]) {
+    shared.ds_empty[slot.stage()][part].wait(slot.parity() ^ 1);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4, row = lane % 8;
+    const auto tile = static_cast<uint32_t>(__cvta_generic_to_shared(shared.ds[slot.stage()][part].bytes));
+    const uint32_t at = tile + (lane / 16 * 8 + row) * 128 + ((2 * warp + lane / 8 % 2) ^ row) * 16;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, ds + 4 * step);
+  }
+
+  // Hands back tiles of queries that these keys do not see.
+  __device__ __forceinline__ void skip(int count) {
+#pragma unroll 1
+    for (; count > 0; --count, rows.advance()) {
+      shared.q_full[rows.stage].wait(rows.parity);
+      shared.do_full[rows.stage].wait(rows.parity);
+      if (leader) shared.q_empty[rows.stage].arrive();
+    }
+  }
+
+  __device__ __forceinline__ bool at_edge(const BlockRange& range, int m) {
+    return m < range.full_begin || m >= range.full_end || shared.work.n_begin + 64 * part + 64 > shared.work.part.band.seqlen_k;
+  }
+  __device__ __forceinline__ void issue_dv() {
+    ptx::wgmma_fence();
+    tile::multiply_values<C.element, C.head_dim_v, kBlockM>(dv, p, shared.do_[rows.stage], 0, true);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_dk(const uint32_t (&ds)[16]) {
+    ptx::wgmma_fence();
+    tile::multiply_values<C.element, C.head_dim, kBlockM>(dk, ds, shared.q[rows.stage], 0, true);
+    ptx::wgmma_commit();
+  }
+  // ds is in its slot: lets the dq warpgroup have it.
+  __device__ __forceinline__ void pass_ds() {
+    ptx::fence_shared_for_async();
+    __syncwarp();
+    shared.ds_full[slot.stage()][part].arrive_if(leader);
+    slot.advance();
+  }
+
+  // The tiles of one head that these keys see, each product issued as soon as it may be.
+  __device__ __forceinline__ void run_ahead(int head, const BlockRange& range, int begin, int end) {
+    float dp[32];
+    uint32_t ds[16];
+    issue_scores();
+    issue_dp(dp);
+    for (int m = begin;; ++m) {
+      const bool edge = at_edge(range, m);
+      ptx::wgmma_wait<1>();
+      tile::hold(s);
+      probabilities(head, m, edge);
+      issue_dv();
+      ptx::wgmma_wait<1>();
+      tile::hold(dp);
+      score_gradients(dp, ds, m, edge);
+      store_ds(ds);
+      issue_dk(ds);
+      pass_ds();
+      if (m + 1 == end) break;
+      ptx::wgmma_wait<1>();  // dv's product, long on its way: the registers of p and s may be one
+      tile::hold(p);
+      const int stage = rows.stage;
+      rows.advance();
+      issue_scores();
+      ptx::wgmma_wait<1>();  // dk's product: this tile's operands are free, and the registers of ds and dp may be one
+      tile::hold(ds);
+      shared.q_empty[stage].arrive_if(leader);
+      issue_dp(dp);
+    }
+    ptx::wgmma_wait<0>();
+    tile::hold(p);
+    tile::hold(ds);
+  }
+
+  // The same where registers are few: dp takes the place of s, ds that of p, and the products under whatever this warpgroup computes are
+  // the others'.
+  __device__ __forceinline__ void run_in_place(int head, const BlockRange& range, int begin, int end) {
+    issue_scores();
+    for (int m = begin;; ++m) {
+      const bool edge = at_edge(range, m);
+      ptx::wgmma_wait<0>();
+      tile::hold(s);
+      tile::hold(p);
+      if (m > begin) shared.q_empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader);
+      probabilities(head, m, edge);
+      issue_dv();
+      issue_dp(s);
+      ptx::wgmma_wait<0>();
+      tile::hold(s);
+      tile::hold(p);
+      score_gradients(s, p, m, edge);
+      store_ds(p);
+      issue_dk(p);
+      pass_ds();
+      if (m + 1 == end) break;
+      rows.advance();
+      issue_scores();
+    }
+    ptx::wgmma_wait<0>();
+    tile::hold(p);
+  }
+
+  __device__ __forceinline__ void run_head(int head, const BlockRange& range, int begin, int end) {
+    if constexpr (C.ahead)
+      run_ahead(head, range, begin, end);
+    else
+      run_in_place(head, range, begin, end);
+    tile::hold(dk);
+    tile::hold(dv);
+    shared.q_empty[rows.stage].arrive_if(leader);
+    rows.advance();
+  }
+
+  __device__ __forceinline__ void write() {
+    const bool packed = params.cu_seqlens_k != nullptr;
+    const int key = shared.work.n_begin + 64 * part + tile::this_lane().row;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool inside = key + 8 * r < shared.work.part.band.seqlen_k;
+      const long long row = shared.work.part.sequence.k_row + key + 8 * r;
+      tile::store_row<C.element>(dv, r, 1, inside ? row_of(params.dv, packed, shared.work.batch, row, shared.work.head) : nullptr,
+                                 params.head_dim_v);
+      tile::store_row<C.element>(dk, r, params.scale, inside ? row_of(params.dk, packed, shared.work.batch, row, shared.work.head) : nullptr,
+                                 params.head_dim);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (float& x : dk) x = 0;
+#pragma unroll
+    for (float& x : dv) x = 0;
+    const BlockRange range = shared.work.mine[part];
+    const int all_begin = same_in_all_lanes(shared.work.all.begin), all_end = same_in_all_lanes(shared.work.all.end);
+    const int begin = same_in_all_lanes(range.begin), end = same_in_all_lanes(range.end);
+    if (all_begin < all_end) {
+      shared.k_full.wait(0);
+      shared.v_full.wait(0);
+    }
+    const int first_head = shared.work.head * params.group;
+    for (int head = 0; head < params.group; ++head) {
+      if (begin == end) {
+        skip(all_end - all_begin);
+        continue;
+      }
+      skip(begin - all_begin);
+      run_head(first_head + head, range, begin, end);
+      skip(all_end - end);
+    }
+    write();
+  }
+};
+
+// The third warpgroup: loads, dq.
+template <BackwardConfig C>
+struct QueryGradients {
+  static constexpr int kWidth = C.dq_columns, kThreads = 128;
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  const bool loader = threadIdx.x == 0;
+
+  // A tile's place in the workspace.
+  __device__ __forceinline__ long long tile_index(int head, int m) {
+    return (shared.work.head * params.group + head) * params.tiles + shared.work.first_tile + m;
+  }
+
+  __device__ __forceinline__ void load_keys() {
+    const Trimmed& part = shared.work.part;
+    const int batch = params.cu_seqlens_k ? 0 : shared.work.batch;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const int row = shared.work.n_begin + 64 * i, valid = max_of(part.sequence.seqlen_k - row, 0);
+      tile::load_rows(shared.k[i], &params.k_map, shared.k_full, part.sequence.k_row + row, valid, shared.work.head, batch);
+      tile::load_rows(shared.v[i], &params.v_map, shared.v_full, part.sequence.k_row + row, valid, shared.work.head, batch);
+    }
+  }
+  __device__ __forceinline__ void load_rows(int stage, int head, int m) {
+    shared.q_full[stage].arrive_and_expect(sizeof(shared.rows[stage]));
+    ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[stage],
+                               params.rows + tile_index(head, m) * 2 * kBlockM, sizeof(shared.rows[stage]), &shared.q_full[stage].state);
+  }
+  __device__ __forceinline__ void load_tile(int stage, int head, int m) {
+    const Trimmed& part = shared.work.part;
+    const int row = m * kBlockM, batch = params.cu_seqlens_q ? 0 : shared.work.batch, q_head = shared.work.head * params.group + head;
+    tile::load_rows(shared.q[stage], &params.q_map, shared.q_full[stage], part.sequence.q_row + row, part.sequence.seqlen_q - row, q_head,
+                    batch);
+    tile::load_rows(shared.do_[stage], &params.do_map, shared.do_full[stage], part.sequence.q_row + row, part.sequence.seqlen_q - row,
+                    q_head, batch);
+  }
+  __device__ __forceinline__ void load_next(bool with_rows) {
+    LoadState<C.stages>& load = shared.load;
+    if (load.left == 0) return;
+    shared.q_empty[load.at.stage].wait(load.at.parity ^ 1);
+    if (with_rows) load_rows(load.at.stage, load.head, load.m);
+    load_tile(load.at.stage, load.head, load.m);
+    load.at.advance();
+    --load.left;
+    if (++load.m == shared.work.all.end) load.m = shared.work.all.begin, ++load.head;
+  }
+
+  // The first tiles do not wait for the preprocess kernel, only their rows.
+  __device__ __forceinline__ void begin_loading() {
+    const int first = shared.work.all.begin, end = shared.work.all.end, tiles = params.group * (end - first);
+    shared.load = {tiles, 0, first, {}};
+    load_keys();
+#pragma unroll 1
+    for (int i = 0; i < C.stages; ++i) load_next(false);
+    ptx::wait_for_previous();
+#pragma unroll 1
+    for (int i = 0, head = 0, m = first; i < min_of(tiles, C.stages); ++i) {
+      load_rows(i, head, m);
+      if (++m == end) m = first, ++head;
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const int begin = same_in_all_lanes(shared.work.all.begin), end = same_in_all_lanes(shared.work.all.end);
+    for (int i = static_cast<int>(threadIdx.x); i < shared.nothing.kBytes / 16; i += kThreads)
+      reinterpret_cast<uint4*>(shared.nothing.bytes)[i] = make_uint4(0, 0, 0, 0);
+    ptx::fence_shared_for_async();
+    ptx::barrier_sync(1, kThreads);
+    if (loader && begin < end) begin_loading();
+    ptx::wait_for_previous();
+    tile::Ring<kSlots> slot[2];
+#pragma unroll 1
+    for (int head = 0; head < params.group; ++head)
+#pragma unroll 1
+      for (int m = begin; m < end; ++m) {
+        bool seen[2];
+        uint32_t a[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          seen[i] = same_in_all_lanes(m >= shared.work.mine[i].begin && m < shared.work.mine[i].end);
+          if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
+          a[i] = same_in_all_lanes(tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16));
+        }
+        if (loader && (m > begin || head > 0)) load_next(true);
+        __syncwarp();
+        if (params.deterministic) {
+          if (m > begin || head > 0) end_turn(m > begin ? head : head - 1, m > begin ? m - 1 : end - 1);
+          wait_for_turn(head, m);
+        }
+        float* sum = params.dq_sum + tile_index(head, m) * kBlockM * C.head_dim + threadIdx.x * 4;
+#pragma unroll
+        for (int columns = 0; columns < C.head_dim; columns += kWidth) {
+          float dq[kWidth / 2];
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < 8; ++step) {
+            const auto& k = shared.k[step / 4];
+            const uint32_t b = tile::operand(k.bytes, k.kPanelBytes) + ((columns / 64 * k.kPanelBytes + step % 4 * 2048) >> 4);
+            ptx::Wgmma<C.element, kWidth>::st(dq, a[step / 4] + ((step % 4 * 32) >> 4), b, step > 0);
+          }
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          tile::hold(dq);
+          if (columns + kWidth == C.head_dim)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && threadIdx.x % 32 == 0);
+              if (seen[i]) slot[i].advance();
+            }
+#pragma unroll
+          for (int j = 0; j < kWidth / 8; ++j) ptx::add_global(sum + (columns / 8 + j) * kThreads * 4, dq + 4 * j);
+        }
+      }
+    if (params.deterministic && begin < end) end_turn(params.group - 1, end - 1);
+  }
+
+  // Where the order of additions matters: a tile's turn ends late, when the additions have long been on their way.
+  __device__ __forceinline__ void end_turn(int head, int m) {
+    __threadfence();
+    ptx::barrier_sync(1, kThreads);
+    if (loader) ptx::add_release(params.turn + tile_index(head, m), 1);
+  }
+  __device__ __forceinline__ void wait_for_turn(int head, int m) {
+    if (loader) {
+      const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_n);
+      while (ptx::load_acquire(params.turn + tile_index(head, m)) != turn) __nanosleep(20);
+    }
+    ptx::barrier_sync(1, kThreads);
+  }
+};
+
+// Row::kConfig is the configuration: nvcc 13.0 cannot name a kernel whose template argument is itself a struct.
+template <class Row>
+__global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const __grid_constant__ BackwardParams params) {
+  constexpr BackwardConfig C = Row::kConfig;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
+  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
+  __syncthreads();
+  ptx::launch_dependents();
+  if (threadIdx.x < 128) {
+    ptx::give_registers<C.dq_registers>();
+    QueryGradients<C> gradients{params, shared};
+    gradients.run();
+  } else {
+    ptx::take_registers<C.main_registers>();
+    KeyGradients<C> gradients{params, shared, same_in_all_lanes(static_cast<int>(threadIdx.x) / 128 - 1)};
+    gradients.run();
+  }
+}
+
+}  // namespace tilewise
