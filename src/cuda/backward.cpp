@@ -36,7 +36,7 @@ struct Counts {
   int64_t q_tiles, k_blocks, tiles, row_ctas, key_ctas;
   Counts(const Problem& p, const BackwardConfig& c) {
     q_tiles = p.packed ? p.total_q / kBlockM + p.batch : ceil_div<int64_t>(p.seqlen_q, kBlockM);
-    k_blocks = p.packed ? p.total_k / c.block_n + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n);
+    k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
     const int64_t sequences = p.packed ? 1 : p.batch;
     tiles = sequences * q_tiles;
     row_ctas = p.num_heads_q * tiles;
@@ -203,7 +203,7 @@ Kernel kernel() {
       .tile_plan =
           [](const Problem&, const Device& device) {
             const BackwardRow& row = table()[kIndex];
-            return TilePlan{kBlockM, row.config.block_n, static_cast<int64_t>(row.shared_bytes), device.units};
+            return TilePlan{kBlockM, row.config.block_n(), static_cast<int64_t>(row.shared_bytes), device.units};
           },
       .workspace_bytes = [](const Problem& p, const Device&) { return Workspace(p, table()[kIndex].config).bytes; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,

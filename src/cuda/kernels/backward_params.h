@@ -16,14 +16,16 @@ constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
 struct BackwardConfig {
   ptx::Element element = ptx::Element::kBFloat16;
   int head_dim, head_dim_v;                // largest; smaller ones are filled with zeros
-  int block_n;                             // keys of a CTA
+  int mains;                               // warpgroups of 64 keys
   int stages;                              // tiles of q and do in shared memory
   int dq_columns;                          // columns of dq that are multiplied at once
   bool ahead;                              // products are issued ahead: s, dp, p and ds have registers of their own
+  bool in_turn;                            // main warpgroups issue their products one after the other; not with ahead
   bool keep_p;                             // p stays in float32 for ds; else, for want of registers, it is what dv's product takes
   int main_registers, dq_registers;        // per thread of a main warpgroup and of the dq warpgroup
   bool modified = false;                   // softcap or ALiBi
-  TW_HD constexpr int threads() const { return 384; }
+  TW_HD constexpr int block_n() const { return 64 * mains; }
+  TW_HD constexpr int threads() const { return 128 * (mains + 1); }
 };
 
 struct BackwardParams {

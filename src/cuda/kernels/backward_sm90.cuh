@@ -1,11 +1,11 @@
 // Exact attention backward on Hopper: a block of keys with its dk and dv stays on an SM while the queries that see it pass by. Read from
 // top to bottom, it is in the order of events.
 //
-// A CTA owns 128 keys of one key/value head and walks over tiles of 64 queries of every query head of the group:
+// A CTA owns 64 keys per main warpgroup of one key/value head and walks over tiles of 64 queries of every query head of the group:
 //   S^T = K Q^T      P^T = 2^(S^T - lse)         dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T (dP^T - delta)   dK += dS^T Q     dQ += dS K
-// Two main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
-// already the register operands of the products that follow. Only dS goes through shared memory, to the third warpgroup, which multiplies
+// Main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
+// already the register operands of the products that follow. Only dS goes through shared memory, to the last warpgroup, which multiplies
 // it with K, adds dQ to float32 sums in global memory straight from its registers, and has the copy engine load queries on the way.
 // A main warpgroup issues   dP(i) | dV(i) | dK(i) S(i+1) | dP(i+1)   so that its exponentials run under its own dP, its dS under its own dV.
 #pragma once
@@ -40,11 +40,12 @@ struct Cycle {
 
 // What a CTA does. Written once, read by all.
 struct BackwardWork {
+  static constexpr int kMost = 3;
   Trimmed part;
   long long first_tile;
   int batch, head;         // of keys and values
   int n_block, n_begin;    // of the trimmed sequence
-  BlockRange all, mine[2];  // tiles of queries that see the block, and each warpgroup's 64 keys
+  BlockRange all, mine[kMost];  // tiles of queries that see the block, and each warpgroup's 64 keys
 };
 
 // What is loaded next. In shared memory, since registers are for accumulators.
@@ -57,28 +58,28 @@ struct LoadState {
 template <BackwardConfig C>
 struct BackwardShared {
   static constexpr int kRows = 64;
-  tile::Tile<kRows, C.head_dim> k[2];
-  tile::Tile<kRows, C.head_dim_v> v[2];
+  tile::Tile<kRows, C.head_dim> k[C.mains];
+  tile::Tile<kRows, C.head_dim_v> v[C.mains];
   tile::Tile<kBlockM, C.head_dim> q[C.stages];
   tile::Tile<kBlockM, C.head_dim_v> do_[C.stages];
-  tile::Tile<kBlockM, kRows> ds[kSlots][2];  // queries are rows, a main warpgroup's keys columns
+  tile::Tile<kBlockM, kRows> ds[kSlots][C.mains];  // queries are rows, a main warpgroup's keys columns
   tile::Tile<kBlockM, kRows> nothing;        // zeros, for a warpgroup whose keys a tile does not see
   float rows[C.stages][2][kBlockM];          // -lse in units of log2; delta
   BackwardWork work;
   LoadState<C.stages> load;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
-  tile::Barrier ds_full[kSlots][2], ds_empty[kSlots][2];
+  tile::Barrier ds_full[kSlots][C.mains], ds_empty[kSlots][C.mains];
 
   __device__ __forceinline__ void init_barriers() {
-    k_full.init(2);
-    v_full.init(2);
+    k_full.init(C.mains);
+    v_full.init(C.mains);
     for (int i = 0; i < C.stages; ++i) {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
-      q_empty[i].init(8);  // warps of the main warpgroups
+      q_empty[i].init(4 * C.mains);  // warps of the main warpgroups
     }
     for (int i = 0; i < kSlots; ++i)
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < C.mains; ++j) {
         ds_full[i][j].init(4);
         ds_empty[i][j].init(4);
       }
@@ -97,7 +98,7 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
   const auto index = static_cast<int>(blockIdx.x);
   const int head = index / params.k_blocks, block = index % params.k_blocks;
   Place place = {head / (params.num_heads / params.group), block, params.k_blocks};
-  if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n, block);
+  if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), block);
   if (place.batch >= 0) {
     if (params.deterministic) place.block = place.blocks - 1 - place.block;
     const Sequence whole = whole_sequence(params, place.batch);
@@ -106,15 +107,15 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
     work.batch = place.batch;
     work.head = packed ? head : head % (params.num_heads / params.group);
     work.n_block = place.block;
-    work.n_begin = place.block * C.block_n;
+    work.n_begin = place.block * C.block_n();
     const Band& band = work.part.band;
     const auto tiles_of = [&](int begin, int keys) {
       return begin < band.seqlen_k ? q_blocks(band, begin, min_of(begin + keys, band.seqlen_k), kBlockM) : BlockRange{0, 0, 0, 0};
     };
-    work.all = tiles_of(work.n_begin, C.block_n);
-    for (int i = 0; i < 2; ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
+    work.all = tiles_of(work.n_begin, C.block_n());
+    for (int i = 0; i < C.mains; ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
     __syncwarp();
-    const int outside = min_of(C.block_n, whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
+    const int outside = min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
     for (int i = 0; i < outside; ++i) {
       const int row = outside_row(work.n_begin + i, work.part.k_begin, band.seqlen_k);
@@ -124,7 +125,8 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
       if (lane * 8 < params.head_dim_v) *reinterpret_cast<uint4*>(dv + lane * 8) = make_uint4(0, 0, 0, 0);
     }
   } else {
-    work.all = work.mine[0] = work.mine[1] = {0, 0, 0, 0};
+    work.all = {0, 0, 0, 0};
+    for (BlockRange& range : work.mine) range = {0, 0, 0, 0};
     work.part.band.seqlen_k = work.n_begin = 0;
   }
 }
@@ -144,14 +146,25 @@ struct KeyGradients {
   Cycle<C.stages> rows;    // the present tile of queries
   tile::Ring<kSlots> slot;  // where its ds goes
 
+  // Warpgroups issue one after the other, skipped tiles included: left alone they stay in step and compute together while the tensor cores
+  // idle.
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (C.in_turn) ptx::barrier_sync(2 + part, 256);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (C.in_turn) ptx::barrier_arrive(2 + (part + 1 == C.mains ? 0 : part + 1), 256);
+  }
+  __device__ __forceinline__ void skip_turn() {
+    take_turn();
+    pass_turn();
+  }
+
   __device__ __forceinline__ void issue_scores() {
-    shared.q_full[rows.stage].wait(rows.parity);
     ptx::wgmma_fence();
     tile::multiply_scores<C.element, C.head_dim, kBlockM>(s, shared.k[part], shared.q[rows.stage], 0);
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_dp(float (&to)[32]) {
-    shared.do_full[rows.stage].wait(rows.parity);
     ptx::wgmma_fence();
     tile::multiply_scores<C.element, C.head_dim_v, kBlockM>(to, shared.v[part], shared.do_[rows.stage], 0);
     ptx::wgmma_commit();
@@ -251,6 +264,8 @@ struct KeyGradients {
       shared.q_full[rows.stage].wait(rows.parity);
       shared.do_full[rows.stage].wait(rows.parity);
       if (leader) shared.q_empty[rows.stage].arrive();
+      skip_turn();
+      skip_turn();
     }
   }
 
@@ -262,9 +277,9 @@ struct KeyGradients {
     tile::multiply_values<C.element, C.head_dim_v, kBlockM>(dv, p, shared.do_[rows.stage], 0, true);
     ptx::wgmma_commit();
   }
-  __device__ __forceinline__ void issue_dk(const uint32_t (&ds)[16]) {
+  __device__ __forceinline__ void issue_dk(const uint32_t (&ds)[16], int stage) {
     ptx::wgmma_fence();
-    tile::multiply_values<C.element, C.head_dim, kBlockM>(dk, ds, shared.q[rows.stage], 0, true);
+    tile::multiply_values<C.element, C.head_dim, kBlockM>(dk, ds, shared.q[stage], 0, true);
     ptx::wgmma_commit();
   }
   // ds is in its slot: lets the dq warpgroup have it.
@@ -279,7 +294,9 @@ struct KeyGradients {
   __device__ __forceinline__ void run_ahead(int head, const BlockRange& range, int begin, int end) {
     float dp[32];
     uint32_t ds[16];
+    shared.q_full[rows.stage].wait(rows.parity);
     issue_scores();
+    shared.do_full[rows.stage].wait(rows.parity);
     issue_dp(dp);
     for (int m = begin;; ++m) {
       const bool edge = at_edge(range, m);
@@ -291,17 +308,19 @@ struct KeyGradients {
       tile::hold(dp);
       score_gradients(dp, ds, m, edge);
       store_ds(ds);
-      issue_dk(ds);
+      issue_dk(ds, rows.stage);
       pass_ds();
       if (m + 1 == end) break;
       ptx::wgmma_wait<1>();  // dv's product, long on its way: the registers of p and s may be one
       tile::hold(p);
       const int stage = rows.stage;
       rows.advance();
+      shared.q_full[rows.stage].wait(rows.parity);
       issue_scores();
       ptx::wgmma_wait<1>();  // dk's product: this tile's operands are free, and the registers of ds and dp may be one
       tile::hold(ds);
       shared.q_empty[stage].arrive_if(leader);
+      shared.do_full[rows.stage].wait(rows.parity);
       issue_dp(dp);
     }
     ptx::wgmma_wait<0>();
@@ -312,7 +331,10 @@ struct KeyGradients {
   // The same where registers are few: dp takes the place of s, ds that of p, and the products under whatever this warpgroup computes are
   // the others'.
   __device__ __forceinline__ void run_in_place(int head, const BlockRange& range, int begin, int end) {
+    shared.q_full[rows.stage].wait(rows.parity);
+    take_turn();
     issue_scores();
+    pass_turn();
     for (int m = begin;; ++m) {
       const bool edge = at_edge(range, m);
       ptx::wgmma_wait<0>();
@@ -320,19 +342,29 @@ struct KeyGradients {
       tile::hold(p);
       if (m > begin) shared.q_empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader);
       probabilities(head, m, edge);
+      shared.do_full[rows.stage].wait(rows.parity);
+      take_turn();
       issue_dv();
       issue_dp(s);
+      pass_turn();
       ptx::wgmma_wait<0>();
       tile::hold(s);
       tile::hold(p);
       score_gradients(s, p, m, edge);
       store_ds(p);
-      issue_dk(p);
       pass_ds();
       if (m + 1 == end) break;
+      const int stage = rows.stage;
       rows.advance();
+      shared.q_full[rows.stage].wait(rows.parity);
+      take_turn();
+      issue_dk(p, stage);
       issue_scores();
+      pass_turn();
     }
+    take_turn();
+    issue_dk(p, rows.stage);
+    pass_turn();
     ptx::wgmma_wait<0>();
     tile::hold(p);
   }
@@ -374,10 +406,12 @@ struct KeyGradients {
       shared.k_full.wait(0);
       shared.v_full.wait(0);
     }
+    if (part == C.mains - 1) pass_turn();
     const int first_head = shared.work.head * params.group;
     for (int head = 0; head < params.group; ++head) {
       if (begin == end) {
         skip(all_end - all_begin);
+        if (all_begin < all_end) skip_turn();
         continue;
       }
       skip(begin - all_begin);
@@ -388,7 +422,7 @@ struct KeyGradients {
   }
 };
 
-// The third warpgroup: loads, dq.
+// The last warpgroup: loads, dq.
 template <BackwardConfig C>
 struct QueryGradients {
   static constexpr int kWidth = C.dq_columns, kThreads = 128;
@@ -405,7 +439,7 @@ struct QueryGradients {
     const Trimmed& part = shared.work.part;
     const int batch = params.cu_seqlens_k ? 0 : shared.work.batch;
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < C.mains; ++i) {
       const int row = shared.work.n_begin + 64 * i, valid = max_of(part.sequence.seqlen_k - row, 0);
       tile::load_rows(shared.k[i], &params.k_map, shared.k_full, part.sequence.k_row + row, valid, shared.work.head, batch);
       tile::load_rows(shared.v[i], &params.v_map, shared.v_full, part.sequence.k_row + row, valid, shared.work.head, batch);
@@ -458,15 +492,15 @@ struct QueryGradients {
     ptx::barrier_sync(1, kThreads);
     if (loader && begin < end) begin_loading();
     ptx::wait_for_previous();
-    tile::Ring<kSlots> slot[2];
+    tile::Ring<kSlots> slot[C.mains];
 #pragma unroll 1
     for (int head = 0; head < params.group; ++head)
 #pragma unroll 1
       for (int m = begin; m < end; ++m) {
-        bool seen[2];
-        uint32_t a[2];
+        bool seen[C.mains];
+        uint32_t a[C.mains];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < C.mains; ++i) {
           seen[i] = same_in_all_lanes(m >= shared.work.mine[i].begin && m < shared.work.mine[i].end);
           if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
           a[i] = same_in_all_lanes(tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16));
@@ -483,7 +517,7 @@ struct QueryGradients {
           float dq[kWidth / 2];
           ptx::wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < 8; ++step) {
+          for (int step = 0; step < 4 * C.mains; ++step) {
             const auto& k = shared.k[step / 4];
             const uint32_t b = tile::operand(k.bytes, k.kPanelBytes) + ((columns / 64 * k.kPanelBytes + step % 4 * 2048) >> 4);
             ptx::Wgmma<C.element, kWidth>::st(dq, a[step / 4] + ((step % 4 * 32) >> 4), b, step > 0);
@@ -493,7 +527,7 @@ struct QueryGradients {
           tile::hold(dq);
           if (columns + kWidth == C.head_dim)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
+            for (int i = 0; i < C.mains; ++i) {
               shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && threadIdx.x % 32 == 0);
               if (seen[i]) slot[i].advance();
             }
@@ -512,7 +546,7 @@ struct QueryGradients {
   }
   __device__ __forceinline__ void wait_for_turn(int head, int m) {
     if (loader) {
-      const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_n);
+      const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_n());
       while (ptx::load_acquire(params.turn + tile_index(head, m)) != turn) __nanosleep(20);
     }
     ptx::barrier_sync(1, kThreads);
