@@ -14,7 +14,6 @@ struct Row {
     if (kModified) {  // the derivative of the softcap needs registers
       config.ahead = config.keep_p = false;
       config.in_turn = true;
-      if (config.head_dim > 96) config.main_registers += 8, config.dq_registers -= 16;
     }
     return config;
   }

@@ -25,7 +25,7 @@ struct BackwardConfig {
   int main_registers, dq_registers;        // per thread of a main warpgroup and of the dq warpgroup
   bool modified = false;                   // softcap or ALiBi
   TW_HD constexpr int block_n() const { return 64 * mains; }
-  TW_HD constexpr int threads() const { return 128 * (mains + 1); }
+  TW_HD constexpr int threads() const { return 128 * (mains + 2); }
 };
 
 struct BackwardParams {

@@ -5,8 +5,8 @@
 //   S^T = K Q^T      P^T = 2^(S^T - lse)         dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T (dP^T - delta)   dK += dS^T Q     dQ += dS K
 // Main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
-// already the register operands of the products that follow. Only dS goes through shared memory, to the last warpgroup, which multiplies
-// it with K, adds dQ to float32 sums in global memory straight from its registers, and has the copy engine load queries on the way.
+// already the register operands of the products that follow. Only dS goes through shared memory, to another warpgroup, which multiplies
+// it with K and adds dQ to float32 sums in global memory straight from its registers. One thread loads.
 // A main warpgroup issues   dP(i) | dV(i) | dK(i) S(i+1) | dP(i+1)   so that its exponentials run under its own dP, its dS under its own dV.
 #pragma once
 
@@ -23,6 +23,7 @@
 
 namespace tilewise {
 
+constexpr int kLoaderRegisters = 24;
 constexpr int kSlots = 2;  // tiles of ds on their way to the dq warpgroup
 
 // A place in a row of stages, of any number.
@@ -48,13 +49,6 @@ struct BackwardWork {
   BlockRange all, mine[kMost];  // tiles of queries that see the block, and each warpgroup's 64 keys
 };
 
-// What is loaded next. In shared memory, since registers are for accumulators.
-template <int kStages>
-struct LoadState {
-  int left, head, m;
-  Cycle<kStages> at;
-};
-
 template <BackwardConfig C>
 struct BackwardShared {
   static constexpr int kRows = 64;
@@ -66,7 +60,6 @@ struct BackwardShared {
   tile::Tile<kBlockM, kRows> nothing;        // zeros, for a warpgroup whose keys a tile does not see
   float rows[C.stages][2][kBlockM];          // -lse in units of log2; delta
   BackwardWork work;
-  LoadState<C.stages> load;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier ds_full[kSlots][C.mains], ds_empty[kSlots][C.mains];
 
@@ -422,18 +415,17 @@ struct KeyGradients {
   }
 };
 
-// The last warpgroup: loads, dq.
+// A tile's place in the workspace.
 template <BackwardConfig C>
-struct QueryGradients {
-  static constexpr int kWidth = C.dq_columns, kThreads = 128;
+__device__ __forceinline__ long long tile_index(const BackwardParams& params, const BackwardWork& work, int head, int m) {
+  return (work.head * params.group + head) * params.tiles + work.first_tile + m;
+}
+
+// One thread: the block of keys, then every tile of queries with its rows.
+template <BackwardConfig C>
+struct Loader {
   const BackwardParams& params;
   BackwardShared<C>& shared;
-  const bool loader = threadIdx.x == 0;
-
-  // A tile's place in the workspace.
-  __device__ __forceinline__ long long tile_index(int head, int m) {
-    return (shared.work.head * params.group + head) * params.tiles + shared.work.first_tile + m;
-  }
 
   __device__ __forceinline__ void load_keys() {
     const Trimmed& part = shared.work.part;
@@ -445,52 +437,47 @@ struct QueryGradients {
       tile::load_rows(shared.v[i], &params.v_map, shared.v_full, part.sequence.k_row + row, valid, shared.work.head, batch);
     }
   }
-  __device__ __forceinline__ void load_rows(int stage, int head, int m) {
-    shared.q_full[stage].arrive_and_expect(sizeof(shared.rows[stage]));
-    ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[stage],
-                               params.rows + tile_index(head, m) * 2 * kBlockM, sizeof(shared.rows[stage]), &shared.q_full[stage].state);
-  }
-  __device__ __forceinline__ void load_tile(int stage, int head, int m) {
+  __device__ __forceinline__ void run() {
     const Trimmed& part = shared.work.part;
-    const int row = m * kBlockM, batch = params.cu_seqlens_q ? 0 : shared.work.batch, q_head = shared.work.head * params.group + head;
-    tile::load_rows(shared.q[stage], &params.q_map, shared.q_full[stage], part.sequence.q_row + row, part.sequence.seqlen_q - row, q_head,
-                    batch);
-    tile::load_rows(shared.do_[stage], &params.do_map, shared.do_full[stage], part.sequence.q_row + row, part.sequence.seqlen_q - row,
-                    q_head, batch);
-  }
-  __device__ __forceinline__ void load_next(bool with_rows) {
-    LoadState<C.stages>& load = shared.load;
-    if (load.left == 0) return;
-    shared.q_empty[load.at.stage].wait(load.at.parity ^ 1);
-    if (with_rows) load_rows(load.at.stage, load.head, load.m);
-    load_tile(load.at.stage, load.head, load.m);
-    load.at.advance();
-    --load.left;
-    if (++load.m == shared.work.all.end) load.m = shared.work.all.begin, ++load.head;
-  }
-
-  // The first tiles do not wait for the preprocess kernel, only their rows.
-  __device__ __forceinline__ void begin_loading() {
-    const int first = shared.work.all.begin, end = shared.work.all.end, tiles = params.group * (end - first);
-    shared.load = {tiles, 0, first, {}};
+    const int begin = shared.work.all.begin, end = shared.work.all.end;
+    if (begin >= end) return;
     load_keys();
+    Cycle<C.stages> at;
+    bool first = true;
+    const int batch = params.cu_seqlens_q ? 0 : shared.work.batch;
 #pragma unroll 1
-    for (int i = 0; i < C.stages; ++i) load_next(false);
-    ptx::wait_for_previous();
+    for (int head = 0; head < params.group; ++head)
 #pragma unroll 1
-    for (int i = 0, head = 0, m = first; i < min_of(tiles, C.stages); ++i) {
-      load_rows(i, head, m);
-      if (++m == end) m = first, ++head;
-    }
+      for (int m = begin; m < end; ++m, at.advance()) {
+        const int row = m * kBlockM, q_head = shared.work.head * params.group + head;
+        const long long q_row = part.sequence.q_row + row;
+        shared.q_empty[at.stage].wait(at.parity ^ 1);
+        tile::load_rows(shared.q[at.stage], &params.q_map, shared.q_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch);
+        tile::load_rows(shared.do_[at.stage], &params.do_map, shared.do_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch);
+        if (first) ptx::wait_for_previous();  // the rows come from the preprocess kernel
+        first = false;
+        shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
+        ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
+                                   params.rows + tile_index<C>(params, shared.work, head, m) * 2 * kBlockM, sizeof(shared.rows[at.stage]),
+                                   &shared.q_full[at.stage].state);
+      }
   }
+};
+
+// One warpgroup: dq of every tile.
+template <BackwardConfig C>
+struct QueryGradients {
+  static constexpr int kWidth = C.dq_columns, kThreads = 128;
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  const int thread = static_cast<int>(threadIdx.x) % kThreads;
 
   __device__ __forceinline__ void run() {
     const int begin = same_in_all_lanes(shared.work.all.begin), end = same_in_all_lanes(shared.work.all.end);
-    for (int i = static_cast<int>(threadIdx.x); i < shared.nothing.kBytes / 16; i += kThreads)
+    for (int i = thread; i < shared.nothing.kBytes / 16; i += kThreads)
       reinterpret_cast<uint4*>(shared.nothing.bytes)[i] = make_uint4(0, 0, 0, 0);
     ptx::fence_shared_for_async();
     ptx::barrier_sync(1, kThreads);
-    if (loader && begin < end) begin_loading();
     ptx::wait_for_previous();
     tile::Ring<kSlots> slot[C.mains];
 #pragma unroll 1
@@ -505,13 +492,11 @@ struct QueryGradients {
           if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
           a[i] = same_in_all_lanes(tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16));
         }
-        if (loader && (m > begin || head > 0)) load_next(true);
-        __syncwarp();
         if (params.deterministic) {
           if (m > begin || head > 0) end_turn(m > begin ? head : head - 1, m > begin ? m - 1 : end - 1);
           wait_for_turn(head, m);
         }
-        float* sum = params.dq_sum + tile_index(head, m) * kBlockM * C.head_dim + threadIdx.x * 4;
+        float* sum = params.dq_sum + tile_index<C>(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
 #pragma unroll
         for (int columns = 0; columns < C.head_dim; columns += kWidth) {
           float dq[kWidth / 2];
@@ -528,7 +513,7 @@ struct QueryGradients {
           if (columns + kWidth == C.head_dim)
 #pragma unroll
             for (int i = 0; i < C.mains; ++i) {
-              shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && threadIdx.x % 32 == 0);
+              shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && thread % 32 == 0);
               if (seen[i]) slot[i].advance();
             }
 #pragma unroll
@@ -542,12 +527,12 @@ struct QueryGradients {
   __device__ __forceinline__ void end_turn(int head, int m) {
     __threadfence();
     ptx::barrier_sync(1, kThreads);
-    if (loader) ptx::add_release(params.turn + tile_index(head, m), 1);
+    if (thread == 0) ptx::add_release(params.turn + tile_index<C>(params, shared.work, head, m), 1);
   }
   __device__ __forceinline__ void wait_for_turn(int head, int m) {
-    if (loader) {
+    if (thread == 0) {
       const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_n());
-      while (ptx::load_acquire(params.turn + tile_index(head, m)) != turn) __nanosleep(20);
+      while (ptx::load_acquire(params.turn + tile_index<C>(params, shared.work, head, m)) != turn) __nanosleep(20);
     }
     ptx::barrier_sync(1, kThreads);
   }
@@ -564,12 +549,14 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   __syncthreads();
   ptx::launch_dependents();
   if (threadIdx.x < 128) {
+    ptx::give_registers<kLoaderRegisters>();
+    if (threadIdx.x == 0) Loader<C>{params, shared}.run();
+  } else if (threadIdx.x < 256) {
     ptx::give_registers<C.dq_registers>();
-    QueryGradients<C> gradients{params, shared};
-    gradients.run();
+    QueryGradients<C>{params, shared}.run();
   } else {
     ptx::take_registers<C.main_registers>();
-    KeyGradients<C> gradients{params, shared, same_in_all_lanes(static_cast<int>(threadIdx.x) / 128 - 1)};
+    KeyGradients<C> gradients{params, shared, same_in_all_lanes(static_cast<int>(threadIdx.x) / 128 - 2)};
     gradients.run();
   }
 }
