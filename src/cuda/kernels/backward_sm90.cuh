@@ -134,7 +134,7 @@ struct KeyGradients {
 
   float s[32];  // 64 keys x 64 queries
   uint32_t p[16];
-  uint32_t derivative[16];  // of the softcap
+  uint32_t weights[16];  // where scores are modified: p times the derivative of the softcap
   float dk[C.head_dim / 2], dv[C.head_dim_v / 2];
   Cycle<C.stages> rows;    // the present tile of queries
   tile::Ring<kSlots> slot;  // where its ds goes
@@ -210,7 +210,8 @@ struct KeyGradients {
         }
       }
       if constexpr (C.modified)
-        for (int n = 0; n < 2; ++n) derivative[2 * j + n] = ptx::pack<C.element>(slopes[2 * n], slopes[2 * n + 1]);
+        for (int n = 0; n < 4; n += 2)
+          weights[2 * j + n / 2] = ptx::pack<C.element>(s[4 * j + n] * slopes[n], s[4 * j + n + 1] * slopes[n + 1]);
     }
     if (edge) mask(s, m);
 #pragma unroll
@@ -223,7 +224,7 @@ struct KeyGradients {
   }
   __device__ __forceinline__ float weight(int i) {
     if constexpr (C.keep_p) return s[i];  // then nothing is modified
-    return C.modified ? half_of(p[i / 2], i) * half_of(derivative[i / 2], i) : half_of(p[i / 2], i);
+    return half_of(C.modified ? weights[i / 2] : p[i / 2], i);
   }
 
   // ds from p and dp.
