@@ -12,12 +12,12 @@ namespace tilewise::cuda {
 namespace {
 
 // The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
-constexpr int kRows = 12;
+constexpr int kRows = 16;
 const std::array<BackwardRow, kRows>& table() {
   static const std::array<BackwardRow, kRows> kTable = [] {
     std::array<BackwardRow, kRows> rows;
     auto next = rows.begin();
-    for (const auto& shape : {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>()})
+    for (const auto& shape : {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(), backward_rows<Backward256>()})
       next = std::copy(shape.begin(), shape.end(), next);
     return rows;
   }();
@@ -169,7 +169,9 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.head_dim = static_cast<int>(p.head_dim);
   r.head_dim_v = static_cast<int>(p.head_dim_v);
   r.scale = p.scale();
-  r.softcap = p.softcap;
+  r.scale_log2 = r.scale * kLog2e;
+  r.softcap_log2 = p.softcap * kLog2e;
+  r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
   r.top_left = p.alignment == Alignment::kTopLeft;
   r.deterministic = p.deterministic;
   r.q_tiles = static_cast<int>(counts.q_tiles);

@@ -11,10 +11,7 @@ struct Row {
     BackwardConfig config = Shape::kShape;
     config.element = kElement;
     config.modified = kModified;
-    if (kModified) {  // the derivative of the softcap needs registers
-      config.ahead = config.keep_p = false;
-      config.in_turn = true;
-    }
+    if (kModified) config.ahead = config.keep_p = false;  // its scores take more registers
     return config;
   }
   static constexpr BackwardConfig kConfig = make();

@@ -79,7 +79,7 @@ TEST_F(Problems, EveryRowRuns) {
 
 TEST_F(Problems, EveryBackwardRowRuns) {
   std::set<std::string> names;
-  for (const char* dims : {"64", "96", "128", "80", "8", "104/40"})
+  for (const char* dims : {"64", "96", "128", "256", "80", "8", "104/40", "192", "192/128", "248"})
     for (const char* type : {"bf16", "fp16"})
       for (const char* score : {"", " softcap=20", " alibi", " deterministic"}) {
         const Problem problem = parse("bwd b2 q300 k520 h4/2 d" + std::string(dims) + " " + type + " causal" + score);
@@ -88,7 +88,7 @@ TEST_F(Problems, EveryBackwardRowRuns) {
         names.insert(std::string(plan->kernel()));
         EXPECT_TRUE(verify(problem, 1, Layout::kBshd));
       }
-  EXPECT_EQ(names.size(), 12u);
+  EXPECT_EQ(names.size(), 16u);
 }
 
 }  // namespace

@@ -46,33 +46,34 @@ struct BackwardWork {
   long long first_tile;
   int batch, head;         // of keys and values
   int n_block, n_begin;    // of the trimmed sequence
-  BlockRange all, mine[kMost];  // tiles of queries that see the block, and each warpgroup's 64 keys
+  BlockRange all, mine[kMost];  // tiles of queries that see the block, and each 64 keys of it
 };
 
 template <BackwardConfig C>
 struct BackwardShared {
   static constexpr int kRows = 64;
-  tile::Tile<kRows, C.head_dim> k[C.mains];
-  tile::Tile<kRows, C.head_dim_v> v[C.mains];
+  tile::Tile<kRows, C.head_dim> k[C.key_tiles()];
+  tile::Tile<kRows, C.head_dim_v> v[C.key_tiles()];
   tile::Tile<kBlockM, C.head_dim> q[C.stages];
   tile::Tile<kBlockM, C.head_dim_v> do_[C.stages];
-  tile::Tile<kBlockM, kRows> ds[kSlots][C.mains];  // queries are rows, a main warpgroup's keys columns
-  tile::Tile<kBlockM, kRows> nothing;        // zeros, for a warpgroup whose keys a tile does not see
+  tile::Tile<kBlockM, kRows> ds[kSlots][C.key_tiles()];  // queries are rows, 64 keys columns
+  tile::Tile<C.split ? 8 : kBlockM, kRows> nothing;  // zeros, for keys that a tile of queries does not see
+  uint4 weights[C.modified ? C.mains : 1][C.modified ? 4 : 1][C.modified ? 128 : 1];  // a thread's own: p times softcap's derivative
   float rows[C.stages][2][kBlockM];          // -lse in units of log2; delta
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
-  tile::Barrier ds_full[kSlots][C.mains], ds_empty[kSlots][C.mains];
+  tile::Barrier ds_full[kSlots][C.key_tiles()], ds_empty[kSlots][C.key_tiles()];
 
   __device__ __forceinline__ void init_barriers() {
-    k_full.init(C.mains);
-    v_full.init(C.mains);
+    k_full.init(C.key_tiles());
+    v_full.init(C.key_tiles());
     for (int i = 0; i < C.stages; ++i) {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
       q_empty[i].init(4 * C.mains);  // warps of the main warpgroups
     }
     for (int i = 0; i < kSlots; ++i)
-      for (int j = 0; j < C.mains; ++j) {
+      for (int j = 0; j < C.key_tiles(); ++j) {
         ds_full[i][j].init(4);
         ds_empty[i][j].init(4);
       }
@@ -106,7 +107,7 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
       return begin < band.seqlen_k ? q_blocks(band, begin, min_of(begin + keys, band.seqlen_k), kBlockM) : BlockRange{0, 0, 0, 0};
     };
     work.all = tiles_of(work.n_begin, C.block_n());
-    for (int i = 0; i < C.mains; ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
+    for (int i = 0; i < C.key_tiles(); ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
     __syncwarp();
     const int outside = min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
@@ -130,43 +131,31 @@ struct KeyGradients {
   const BackwardParams& params;
   BackwardShared<C>& shared;
   const int part;  // which warpgroup
+  const int keys = C.split ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
   float s[32];  // 64 keys x 64 queries
   uint32_t p[16];
-  uint32_t weights[16];  // where scores are modified: p times the derivative of the softcap
-  float dk[C.head_dim / 2], dv[C.head_dim_v / 2];
+  static constexpr int kWidth = C.split ? C.head_dim / 2 : C.head_dim, kWidthV = C.split ? C.head_dim_v / 2 : C.head_dim_v;
+  float dk[kWidth / 2], dv[kWidthV / 2];
   Cycle<C.stages> rows;    // the present tile of queries
   tile::Ring<kSlots> slot;  // where its ds goes
 
-  // Warpgroups issue one after the other, skipped tiles included: left alone they stay in step and compute together while the tensor cores
-  // idle.
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (C.in_turn) ptx::barrier_sync(2 + part, 256);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (C.in_turn) ptx::barrier_arrive(2 + (part + 1 == C.mains ? 0 : part + 1), 256);
-  }
-  __device__ __forceinline__ void skip_turn() {
-    take_turn();
-    pass_turn();
-  }
-
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim, kBlockM>(s, shared.k[part], shared.q[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim, kBlockM>(s, shared.k[keys], shared.q[rows.stage], 0);
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_dp(float (&to)[32]) {
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim_v, kBlockM>(to, shared.v[part], shared.do_[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim_v, kBlockM>(to, shared.v[keys], shared.do_[rows.stage], 0);
     ptx::wgmma_commit();
   }
 
   // Pairs of a block at the edge that are not visible become 0.
   __device__ __forceinline__ void mask(float (&x)[32], int m) {
     const Band& band = shared.work.part.band;
-    const int key = shared.work.n_begin + 64 * part + tile::this_lane().row, query = m * kBlockM + tile::this_lane().column;
+    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row, query = m * kBlockM + tile::this_lane().column;
     int begin[2], end[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -178,14 +167,13 @@ struct KeyGradients {
       if (tile::column_of(i) < begin[tile::row_of(i)] || tile::column_of(i) >= end[tile::row_of(i)]) x[i] = 0;
   }
 
-  // p from s, which keeps it in float32 where nothing else needs its registers.
+  // s becomes p in float32.
   __device__ __forceinline__ void probabilities(int head, int m, bool edge) {
     const float* lse = shared.rows[rows.stage][0] + tile::this_lane().column;
-    const float factor = params.scale * kLog2e;
     float slope = 0, distance = 0;
     if constexpr (C.modified) {
       slope = params.alibi_slopes ? params.alibi_slopes[shared.work.batch * params.alibi_batch + head] * kLog2e : 0;
-      distance = static_cast<float>(shared.work.n_begin + 64 * part + tile::this_lane().row - (m * kBlockM + tile::this_lane().column) -
+      distance = static_cast<float>(shared.work.n_begin + 64 * keys + tile::this_lane().row - (m * kBlockM + tile::this_lane().column) -
                                     shared.work.part.band.offset);
     }
 #pragma unroll
@@ -196,56 +184,60 @@ struct KeyGradients {
       for (int n = 0; n < 4; ++n) {
         const int i = 4 * j + n;
         if constexpr (C.modified) {
-          float x = s[i] * params.scale;
+          float x = s[i] * params.scale_log2;
           slopes[n] = 1;
-          if (params.softcap > 0) {
-            const float tanh = 1 - 2 * __fdividef(1, 1 + ptx::exp2(x * (2 * kLog2e / params.softcap)));  // to 1e-7 everywhere
+          if (params.softcap_log2 > 0) {
+            const float tanh = 1 - 2 * __fdividef(1, 1 + ptx::exp2(s[i] * params.tanh_factor));  // to 1e-7 everywhere
             slopes[n] = 1 - tanh * tanh;
-            x = params.softcap * tanh;
+            x = params.softcap_log2 * tanh;
           }
-          x = x * kLog2e - slope * fabsf(distance + static_cast<float>(8 * tile::row_of(i) - tile::column_of(i)));
+          x -= slope * fabsf(distance + static_cast<float>(8 * tile::row_of(i) - tile::column_of(i)));
           s[i] = ptx::exp2(x + (n % 2 ? l.y : l.x));
         } else {
-          s[i] = ptx::exp2(fmaf(s[i], factor, n % 2 ? l.y : l.x));
+          s[i] = ptx::exp2(fmaf(s[i], params.scale_log2, n % 2 ? l.y : l.x));
         }
       }
       if constexpr (C.modified)
-        for (int n = 0; n < 4; n += 2)
-          weights[2 * j + n / 2] = ptx::pack<C.element>(s[4 * j + n] * slopes[n], s[4 * j + n + 1] * slopes[n + 1]);
+        reinterpret_cast<uint2*>(&my_weights(j / 2))[j % 2] = make_uint2(ptx::pack<C.element>(s[4 * j] * slopes[0], s[4 * j + 1] * slopes[1]),
+                                                                         ptx::pack<C.element>(s[4 * j + 2] * slopes[2], s[4 * j + 3] * slopes[3]));
     }
     if (edge) mask(s, m);
+  }
+  static __device__ __forceinline__ void pack(const float (&x)[32], uint32_t (&to)[16]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) p[i] = ptx::pack<C.element>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < 16; ++i) to[i] = ptx::pack<C.element>(x[2 * i], x[2 * i + 1]);
   }
 
   // Element i of two in a register.
   static __device__ __forceinline__ float half_of(uint32_t x, int i) {
     return ptx::to_float<C.element>(static_cast<uint16_t>(i % 2 ? x >> 16 : x));
   }
-  __device__ __forceinline__ float weight(int i) {
-    if constexpr (C.keep_p) return s[i];  // then nothing is modified
-    return half_of(C.modified ? weights[i / 2] : p[i / 2], i);
-  }
+  // What waits in shared memory for dp, for want of registers.
+  __device__ __forceinline__ uint4& my_weights(int i) { return shared.weights[part][i][threadIdx.x % 128]; }
 
-  // ds from p and dp.
-  __device__ __forceinline__ void score_gradients(float (&dp)[32], uint32_t (&ds)[16], int m, bool edge) {
+  // dp becomes ds in float32.
+  __device__ __forceinline__ void score_gradients(float (&dp)[32], int m, bool edge) {
     const float* delta = shared.rows[rows.stage][1] + tile::this_lane().column;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float2 d = *reinterpret_cast<const float2*>(delta + 8 * j);
+      uint2 w = make_uint2(p[2 * j], p[2 * j + 1]);
+      if constexpr (C.modified) w = reinterpret_cast<const uint2*>(&my_weights(j / 2))[j % 2];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) dp[4 * j + n] = weight(4 * j + n) * (dp[4 * j + n] - (n % 2 ? d.y : d.x));
+      for (int n = 0; n < 4; ++n) {
+        const float weight = C.keep_p ? s[4 * j + n] : half_of(n < 2 ? w.x : w.y, n);
+        dp[4 * j + n] = weight * (dp[4 * j + n] - (n % 2 ? d.y : d.x));
+      }
     }
     if (edge) mask(dp, m);  // 0 times what is not finite
-#pragma unroll
-    for (int i = 0; i < 16; ++i) ds[i] = ptx::pack<C.element>(dp[2 * i], dp[2 * i + 1]);
   }
 
   // Waits for a free slot and writes ds there, with queries as rows.
   __device__ __forceinline__ void store_ds(const uint32_t (&ds)[16]) {
-    shared.ds_empty[slot.stage()][part].wait(slot.parity() ^ 1);
+    if (C.split && part > 0) return;  // has the same
+    shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1);
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4, row = lane % 8;
-    const auto tile = static_cast<uint32_t>(__cvta_generic_to_shared(shared.ds[slot.stage()][part].bytes));
+    const auto tile = static_cast<uint32_t>(__cvta_generic_to_shared(shared.ds[slot.stage()][keys].bytes));
     const uint32_t at = tile + (lane / 16 * 8 + row) * 128 + ((2 * warp + lane / 8 % 2) ^ row) * 16;
 #pragma unroll
     for (int step = 0; step < 4; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, ds + 4 * step);
@@ -258,29 +250,36 @@ struct KeyGradients {
       shared.q_full[rows.stage].wait(rows.parity);
       shared.do_full[rows.stage].wait(rows.parity);
       if (leader) shared.q_empty[rows.stage].arrive();
-      skip_turn();
-      skip_turn();
     }
   }
 
   __device__ __forceinline__ bool at_edge(const BlockRange& range, int m) {
-    return m < range.full_begin || m >= range.full_end || shared.work.n_begin + 64 * part + 64 > shared.work.part.band.seqlen_k;
+    return m < range.full_begin || m >= range.full_end || shared.work.n_begin + 64 * keys + 64 > shared.work.part.band.seqlen_k;
+  }
+  // This warpgroup's columns of x^T times a tile of queries.
+  template <int kColumns, class T>
+  __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[16], const T& rows_) {
+    const uint32_t first = tile::operand(rows_.bytes, T::kPanelBytes) + (C.split ? (part * (kColumns / 64) * T::kPanelBytes) >> 4 : 0);
+#pragma unroll
+    for (int step = 0; step < kBlockM / 16; ++step)
+      ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, first + ((step * 2048) >> 4), 1);
   }
   __device__ __forceinline__ void issue_dv() {
     ptx::wgmma_fence();
-    tile::multiply_values<C.element, C.head_dim_v, kBlockM>(dv, p, shared.do_[rows.stage], 0, true);
+    add_product<kWidthV>(dv, p, shared.do_[rows.stage]);
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_dk(const uint32_t (&ds)[16], int stage) {
     ptx::wgmma_fence();
-    tile::multiply_values<C.element, C.head_dim, kBlockM>(dk, ds, shared.q[stage], 0, true);
+    add_product<kWidth>(dk, ds, shared.q[stage]);
     ptx::wgmma_commit();
   }
   // ds is in its slot: lets the dq warpgroup have it.
   __device__ __forceinline__ void pass_ds() {
+    if (C.split && part > 0) return;
     ptx::fence_shared_for_async();
     __syncwarp();
-    shared.ds_full[slot.stage()][part].arrive_if(leader);
+    shared.ds_full[slot.stage()][keys].arrive_if(leader);
     slot.advance();
   }
 
@@ -297,10 +296,12 @@ struct KeyGradients {
       ptx::wgmma_wait<1>();
       tile::hold(s);
       probabilities(head, m, edge);
+      pack(s, p);
       issue_dv();
       ptx::wgmma_wait<1>();
       tile::hold(dp);
-      score_gradients(dp, ds, m, edge);
+      score_gradients(dp, m, edge);
+      pack(dp, ds);
       store_ds(ds);
       issue_dk(ds, rows.stage);
       pass_ds();
@@ -322,43 +323,40 @@ struct KeyGradients {
     tile::hold(ds);
   }
 
-  // The same where registers are few: dp takes the place of s, ds that of p, and the products under whatever this warpgroup computes are
-  // the others'.
+  // The same where registers are few: dp takes the place of s, ds that of p. What is computed in float32 runs under the product issued last,
+  // which reads the registers that the result is packed into.
   __device__ __forceinline__ void run_in_place(int head, const BlockRange& range, int begin, int end) {
     shared.q_full[rows.stage].wait(rows.parity);
-    take_turn();
     issue_scores();
-    pass_turn();
+    ptx::wgmma_wait<0>();  // from here on a product of dk is behind the scores
     for (int m = begin;; ++m) {
       const bool edge = at_edge(range, m);
-      ptx::wgmma_wait<0>();
+      ptx::wgmma_wait<1>();
       tile::hold(s);
+      probabilities(head, m, edge);
+      ptx::wgmma_wait<0>();  // dk's product of the tile before
       tile::hold(p);
       if (m > begin) shared.q_empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader);
-      probabilities(head, m, edge);
+      pack(s, p);
       shared.do_full[rows.stage].wait(rows.parity);
-      take_turn();
-      issue_dv();
       issue_dp(s);
-      pass_turn();
-      ptx::wgmma_wait<0>();
+      issue_dv();
+      ptx::wgmma_wait<1>();
       tile::hold(s);
+      score_gradients(s, m, edge);
+      ptx::wgmma_wait<0>();  // dv's product
       tile::hold(p);
-      score_gradients(s, p, m, edge);
+      pack(s, p);
       store_ds(p);
       pass_ds();
       if (m + 1 == end) break;
       const int stage = rows.stage;
       rows.advance();
       shared.q_full[rows.stage].wait(rows.parity);
-      take_turn();
-      issue_dk(p, stage);
       issue_scores();
-      pass_turn();
+      issue_dk(p, stage);
     }
-    take_turn();
     issue_dk(p, rows.stage);
-    pass_turn();
     ptx::wgmma_wait<0>();
     tile::hold(p);
   }
@@ -376,15 +374,16 @@ struct KeyGradients {
 
   __device__ __forceinline__ void write() {
     const bool packed = params.cu_seqlens_k != nullptr;
-    const int key = shared.work.n_begin + 64 * part + tile::this_lane().row;
+    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool inside = key + 8 * r < shared.work.part.band.seqlen_k;
       const long long row = shared.work.part.sequence.k_row + key + 8 * r;
-      tile::store_row<C.element>(dv, r, 1, inside ? row_of(params.dv, packed, shared.work.batch, row, shared.work.head) : nullptr,
-                                 params.head_dim_v);
-      tile::store_row<C.element>(dk, r, params.scale, inside ? row_of(params.dk, packed, shared.work.batch, row, shared.work.head) : nullptr,
-                                 params.head_dim);
+      const int first = C.split ? part * kWidth : 0, first_v = C.split ? part * kWidthV : 0;
+      uint16_t* to_v = inside ? row_of(params.dv, packed, shared.work.batch, row, shared.work.head) + first_v : nullptr;
+      uint16_t* to_k = inside ? row_of(params.dk, packed, shared.work.batch, row, shared.work.head) + first : nullptr;
+      tile::store_row<C.element>(dv, r, 1, to_v, params.head_dim_v - first_v);
+      tile::store_row<C.element>(dk, r, params.scale, to_k, params.head_dim - first);
     }
   }
 
@@ -393,19 +392,17 @@ struct KeyGradients {
     for (float& x : dk) x = 0;
 #pragma unroll
     for (float& x : dv) x = 0;
-    const BlockRange range = shared.work.mine[part];
+    const BlockRange& range = shared.work.mine[keys];
     const int all_begin = same_in_all_lanes(shared.work.all.begin), all_end = same_in_all_lanes(shared.work.all.end);
     const int begin = same_in_all_lanes(range.begin), end = same_in_all_lanes(range.end);
     if (all_begin < all_end) {
       shared.k_full.wait(0);
       shared.v_full.wait(0);
     }
-    if (part == C.mains - 1) pass_turn();
     const int first_head = shared.work.head * params.group;
     for (int head = 0; head < params.group; ++head) {
       if (begin == end) {
         skip(all_end - all_begin);
-        if (all_begin < all_end) skip_turn();
         continue;
       }
       skip(begin - all_begin);
@@ -432,7 +429,7 @@ struct Loader {
     const Trimmed& part = shared.work.part;
     const int batch = params.cu_seqlens_k ? 0 : shared.work.batch;
 #pragma unroll 1
-    for (int i = 0; i < C.mains; ++i) {
+    for (int i = 0; i < C.key_tiles(); ++i) {
       const int row = shared.work.n_begin + 64 * i, valid = max_of(part.sequence.seqlen_k - row, 0);
       tile::load_rows(shared.k[i], &params.k_map, shared.k_full, part.sequence.k_row + row, valid, shared.work.head, batch);
       tile::load_rows(shared.v[i], &params.v_map, shared.v_full, part.sequence.k_row + row, valid, shared.work.head, batch);
@@ -480,15 +477,15 @@ struct QueryGradients {
     ptx::fence_shared_for_async();
     ptx::barrier_sync(1, kThreads);
     ptx::wait_for_previous();
-    tile::Ring<kSlots> slot[C.mains];
+    tile::Ring<kSlots> slot[C.key_tiles()];
 #pragma unroll 1
     for (int head = 0; head < params.group; ++head)
 #pragma unroll 1
       for (int m = begin; m < end; ++m) {
-        bool seen[C.mains];
-        uint32_t a[C.mains];
+        bool seen[C.key_tiles()];
+        uint32_t a[C.key_tiles()];
 #pragma unroll
-        for (int i = 0; i < C.mains; ++i) {
+        for (int i = 0; i < C.key_tiles(); ++i) {
           seen[i] = same_in_all_lanes(m >= shared.work.mine[i].begin && m < shared.work.mine[i].end);
           if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
           a[i] = same_in_all_lanes(tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16));
@@ -503,7 +500,7 @@ struct QueryGradients {
           float dq[kWidth / 2];
           ptx::wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < 4 * C.mains; ++step) {
+          for (int step = 0; step < 4 * C.key_tiles(); ++step) {
             const auto& k = shared.k[step / 4];
             const uint32_t b = tile::operand(k.bytes, k.kPanelBytes) + ((columns / 64 * k.kPanelBytes + step % 4 * 2048) >> 4);
             ptx::Wgmma<C.element, kWidth>::st(dq, a[step / 4] + ((step % 4 * 32) >> 4), b, step > 0);
@@ -513,7 +510,7 @@ struct QueryGradients {
           tile::hold(dq);
           if (columns + kWidth == C.head_dim)
 #pragma unroll
-            for (int i = 0; i < C.mains; ++i) {
+            for (int i = 0; i < C.key_tiles(); ++i) {
               shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && thread % 32 == 0);
               if (seen[i]) slot[i].advance();
             }
@@ -543,6 +540,7 @@ struct QueryGradients {
 template <class Row>
 __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const __grid_constant__ BackwardParams params) {
   constexpr BackwardConfig C = Row::kConfig;
+  static_assert(sizeof(BackwardShared<C>) <= 227 << 10);
   extern __shared__ __align__(1024) unsigned char memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
