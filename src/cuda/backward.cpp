@@ -17,7 +17,8 @@ const std::array<BackwardRow, kRows>& table() {
   static const std::array<BackwardRow, kRows> kTable = [] {
     std::array<BackwardRow, kRows> rows;
     auto next = rows.begin();
-    for (const auto& shape : {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(), backward_rows<Backward256>()})
+    for (const auto& shape :
+         {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(), backward_rows<Backward256>()})
       next = std::copy(shape.begin(), shape.end(), next);
     return rows;
   }();

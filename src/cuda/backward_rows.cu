@@ -1,5 +1,6 @@
 // The backward kernels of one shape, TW_SHAPE.
 #include "cuda/backward_rows.h"
+#include "cuda/kernels/preprocess.cuh"
 #include "cuda/kernels/backward_sm90.cuh"
 
 namespace tilewise::cuda {

@@ -7,13 +7,14 @@
 // Main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
 // already the register operands of the products that follow. Only dS goes through shared memory, to another warpgroup, which multiplies
 // it with K and adds dQ to float32 sums in global memory straight from its registers. One thread loads.
-// A main warpgroup issues   dP(i) | dV(i) | dK(i) S(i+1) | dP(i+1)   so that its exponentials run under its own dP, its dS under its own dV.
+// A main warpgroup issues   dP(i) | dV(i) | dK(i) S(i+1) | dP(i+1)   so that its exponentials run under its own dP, its dS under its own
+// dV.
 #pragma once
 
-#include "cuda/kernels/backward_params.h"
-#include "cuda/kernels/backward_rows_sm90.cuh"
+#include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/cycle.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/gemm.cuh"
 #include "cuda/tile/load.cuh"
@@ -26,29 +27,6 @@ namespace tilewise {
 constexpr int kLoaderRegisters = 24;
 constexpr int kSlots = 2;  // tiles of ds on their way to the dq warpgroup
 
-// A place in a row of stages, of any number.
-template <int kStages>
-struct Cycle {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// What a CTA does. Written once, read by all.
-struct BackwardWork {
-  static constexpr int kMost = 3;
-  Trimmed part;
-  long long first_tile;
-  int batch, head;         // of keys and values
-  int n_block, n_begin;    // of the trimmed sequence
-  BlockRange all, mine[kMost];  // tiles of queries that see the block, and each 64 keys of it
-};
-
 template <BackwardConfig C>
 struct BackwardShared {
   static constexpr int kRows = 64;
@@ -56,10 +34,10 @@ struct BackwardShared {
   tile::Tile<kRows, C.head_dim_v> v[C.key_tiles()];
   tile::Tile<kBlockM, C.head_dim> q[C.stages];
   tile::Tile<kBlockM, C.head_dim_v> do_[C.stages];
-  tile::Tile<kBlockM, kRows> ds[kSlots][C.key_tiles()];  // queries are rows, 64 keys columns
-  tile::Tile<C.split ? 8 : kBlockM, kRows> nothing;  // zeros, for keys that a tile of queries does not see
+  tile::Tile<kBlockM, kRows> ds[kSlots][C.key_tiles()];                               // queries are rows, 64 keys columns
+  tile::Tile<C.split ? 8 : kBlockM, kRows> nothing;                                   // zeros, for keys that a tile of queries does not see
   uint4 weights[C.modified ? C.mains : 1][C.modified ? 4 : 1][C.modified ? 128 : 1];  // a thread's own: p times softcap's derivative
-  float rows[C.stages][2][kBlockM];          // -lse in units of log2; delta
+  float rows[C.stages][2][kBlockM];                                                   // -lse in units of log2; delta
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier ds_full[kSlots][C.key_tiles()], ds_empty[kSlots][C.key_tiles()];
@@ -81,56 +59,12 @@ struct BackwardShared {
   }
 };
 
-// The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
-__device__ __forceinline__ int same_in_all_lanes(int x) { return __shfl_sync(0xffffffff, x, 0); }
-
-// Finds the CTA's work and writes 0 to rows of dk and dv that take no part. By one warp. Long blocks come first under a causal mask; where
-// the order of additions to dq matters, blocks come falling, so that whoever is waited for has been launched before.
-template <BackwardConfig C>
-__device__ __forceinline__ void find_work(const BackwardParams& params, BackwardWork& work) {
-  const bool packed = params.cu_seqlens_k != nullptr;
-  const auto index = static_cast<int>(blockIdx.x);
-  const int head = index / params.k_blocks, block = index % params.k_blocks;
-  Place place = {head / (params.num_heads / params.group), block, params.k_blocks};
-  if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), block);
-  if (place.batch >= 0) {
-    if (params.deterministic) place.block = place.blocks - 1 - place.block;
-    const Sequence whole = whole_sequence(params, place.batch);
-    work.part = trimmed_sequence(params, place.batch);
-    work.first_tile = first_tile(params, whole.q_row, place.batch);
-    work.batch = place.batch;
-    work.head = packed ? head : head % (params.num_heads / params.group);
-    work.n_block = place.block;
-    work.n_begin = place.block * C.block_n();
-    const Band& band = work.part.band;
-    const auto tiles_of = [&](int begin, int keys) {
-      return begin < band.seqlen_k ? q_blocks(band, begin, min_of(begin + keys, band.seqlen_k), kBlockM) : BlockRange{0, 0, 0, 0};
-    };
-    work.all = tiles_of(work.n_begin, C.block_n());
-    for (int i = 0; i < C.key_tiles(); ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
-    __syncwarp();
-    const int outside = min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-    for (int i = 0; i < outside; ++i) {
-      const int row = outside_row(work.n_begin + i, work.part.k_begin, band.seqlen_k);
-      uint16_t* dk = row_of(params.dk, packed, work.batch, whole.k_row + row, work.head);
-      uint16_t* dv = row_of(params.dv, packed, work.batch, whole.k_row + row, work.head);
-      if (lane * 8 < params.head_dim) *reinterpret_cast<uint4*>(dk + lane * 8) = make_uint4(0, 0, 0, 0);
-      if (lane * 8 < params.head_dim_v) *reinterpret_cast<uint4*>(dv + lane * 8) = make_uint4(0, 0, 0, 0);
-    }
-  } else {
-    work.all = {0, 0, 0, 0};
-    for (BlockRange& range : work.mine) range = {0, 0, 0, 0};
-    work.part.band.seqlen_k = work.n_begin = 0;
-  }
-}
-
 // One main warpgroup: 64 keys, their dk and dv.
 template <BackwardConfig C>
 struct KeyGradients {
   const BackwardParams& params;
   BackwardShared<C>& shared;
-  const int part;  // which warpgroup
+  const int part;                       // which warpgroup
   const int keys = C.split ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
@@ -138,8 +72,8 @@ struct KeyGradients {
   uint32_t p[16];
   static constexpr int kWidth = C.split ? C.head_dim / 2 : C.head_dim, kWidthV = C.split ? C.head_dim_v / 2 : C.head_dim_v;
   float dk[kWidth / 2], dv[kWidthV / 2];
-  Cycle<C.stages> rows;    // the present tile of queries
-  tile::Ring<kSlots> slot;  // where its ds goes
+  tile::Cycle<C.stages> rows;  // the present tile of queries
+  tile::Ring<kSlots> slot;     // where its ds goes
 
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
@@ -198,8 +132,9 @@ struct KeyGradients {
         }
       }
       if constexpr (C.modified)
-        reinterpret_cast<uint2*>(&my_weights(j / 2))[j % 2] = make_uint2(ptx::pack<C.element>(s[4 * j] * slopes[0], s[4 * j + 1] * slopes[1]),
-                                                                         ptx::pack<C.element>(s[4 * j + 2] * slopes[2], s[4 * j + 3] * slopes[3]));
+        reinterpret_cast<uint2*>(&my_weights(j / 2))[j % 2] =
+            make_uint2(ptx::pack<C.element>(s[4 * j] * slopes[0], s[4 * j + 1] * slopes[1]),
+                       ptx::pack<C.element>(s[4 * j + 2] * slopes[2], s[4 * j + 3] * slopes[3]));
     }
     if (edge) mask(s, m);
   }
@@ -261,8 +196,7 @@ struct KeyGradients {
   __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[16], const T& rows_) {
     const uint32_t first = tile::operand(rows_.bytes, T::kPanelBytes) + (C.split ? (part * (kColumns / 64) * T::kPanelBytes) >> 4 : 0);
 #pragma unroll
-    for (int step = 0; step < kBlockM / 16; ++step)
-      ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, first + ((step * 2048) >> 4), 1);
+    for (int step = 0; step < kBlockM / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, first + ((step * 2048) >> 4), 1);
   }
   __device__ __forceinline__ void issue_dv() {
     ptx::wgmma_fence();
@@ -323,8 +257,8 @@ struct KeyGradients {
     tile::hold(ds);
   }
 
-  // The same where registers are few: dp takes the place of s, ds that of p. What is computed in float32 runs under the product issued last,
-  // which reads the registers that the result is packed into.
+  // The same where registers are few: dp takes the place of s, ds that of p. What is computed in float32 runs under the product issued
+  // last, which reads the registers that the result is packed into.
   __device__ __forceinline__ void run_in_place(int head, const BlockRange& range, int begin, int end) {
     shared.q_full[rows.stage].wait(rows.parity);
     issue_scores();
@@ -393,8 +327,8 @@ struct KeyGradients {
 #pragma unroll
     for (float& x : dv) x = 0;
     const BlockRange& range = shared.work.mine[keys];
-    const int all_begin = same_in_all_lanes(shared.work.all.begin), all_end = same_in_all_lanes(shared.work.all.end);
-    const int begin = same_in_all_lanes(range.begin), end = same_in_all_lanes(range.end);
+    const int all_begin = tile::same_in_all_lanes(shared.work.all.begin), all_end = tile::same_in_all_lanes(shared.work.all.end);
+    const int begin = tile::same_in_all_lanes(range.begin), end = tile::same_in_all_lanes(range.end);
     if (all_begin < all_end) {
       shared.k_full.wait(0);
       shared.v_full.wait(0);
@@ -412,12 +346,6 @@ struct KeyGradients {
     write();
   }
 };
-
-// A tile's place in the workspace.
-template <BackwardConfig C>
-__device__ __forceinline__ long long tile_index(const BackwardParams& params, const BackwardWork& work, int head, int m) {
-  return (work.head * params.group + head) * params.tiles + work.first_tile + m;
-}
 
 // One thread: the block of keys, then every tile of queries with its rows.
 template <BackwardConfig C>
@@ -440,7 +368,7 @@ struct Loader {
     const int begin = shared.work.all.begin, end = shared.work.all.end;
     if (begin >= end) return;
     load_keys();
-    Cycle<C.stages> at;
+    tile::Cycle<C.stages> at;
     bool first = true;
     const int batch = params.cu_seqlens_q ? 0 : shared.work.batch;
 #pragma unroll 1
@@ -456,7 +384,7 @@ struct Loader {
         first = false;
         shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
         ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
-                                   params.rows + tile_index<C>(params, shared.work, head, m) * 2 * kBlockM, sizeof(shared.rows[at.stage]),
+                                   params.rows + tile_index(params, shared.work, head, m) * 2 * kBlockM, sizeof(shared.rows[at.stage]),
                                    &shared.q_full[at.stage].state);
       }
   }
@@ -471,13 +399,19 @@ struct QueryGradients {
   const int thread = static_cast<int>(threadIdx.x) % kThreads;
 
   __device__ __forceinline__ void run() {
-    const int begin = same_in_all_lanes(shared.work.all.begin), end = same_in_all_lanes(shared.work.all.end);
+    const int begin = tile::same_in_all_lanes(shared.work.all.begin), end = tile::same_in_all_lanes(shared.work.all.end);
     for (int i = thread; i < shared.nothing.kBytes / 16; i += kThreads)
       reinterpret_cast<uint4*>(shared.nothing.bytes)[i] = make_uint4(0, 0, 0, 0);
     ptx::fence_shared_for_async();
     ptx::barrier_sync(1, kThreads);
     ptx::wait_for_previous();
     tile::Ring<kSlots> slot[C.key_tiles()];
+    int mine_begin[C.key_tiles()], mine_end[C.key_tiles()];
+#pragma unroll
+    for (int i = 0; i < C.key_tiles(); ++i) {
+      mine_begin[i] = tile::same_in_all_lanes(shared.work.mine[i].begin);
+      mine_end[i] = tile::same_in_all_lanes(shared.work.mine[i].end);
+    }
 #pragma unroll 1
     for (int head = 0; head < params.group; ++head)
 #pragma unroll 1
@@ -486,15 +420,15 @@ struct QueryGradients {
         uint32_t a[C.key_tiles()];
 #pragma unroll
         for (int i = 0; i < C.key_tiles(); ++i) {
-          seen[i] = same_in_all_lanes(m >= shared.work.mine[i].begin && m < shared.work.mine[i].end);
+          seen[i] = m >= mine_begin[i] && m < mine_end[i];
           if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
-          a[i] = same_in_all_lanes(tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16));
+          a[i] = tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16);
         }
         if (params.deterministic) {
           if (m > begin || head > 0) end_turn(m > begin ? head : head - 1, m > begin ? m - 1 : end - 1);
           wait_for_turn(head, m);
         }
-        float* sum = params.dq_sum + tile_index<C>(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
+        float* sum = params.dq_sum + tile_index(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
 #pragma unroll
         for (int columns = 0; columns < C.head_dim; columns += kWidth) {
           float dq[kWidth / 2];
@@ -525,12 +459,12 @@ struct QueryGradients {
   __device__ __forceinline__ void end_turn(int head, int m) {
     __threadfence();
     ptx::barrier_sync(1, kThreads);
-    if (thread == 0) ptx::add_release(params.turn + tile_index<C>(params, shared.work, head, m), 1);
+    if (thread == 0) ptx::add_release(params.turn + tile_index(params, shared.work, head, m), 1);
   }
   __device__ __forceinline__ void wait_for_turn(int head, int m) {
     if (thread == 0) {
       const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_n());
-      while (ptx::load_acquire(params.turn + tile_index<C>(params, shared.work, head, m)) != turn) __nanosleep(20);
+      while (ptx::load_acquire(params.turn + tile_index(params, shared.work, head, m)) != turn) __nanosleep(20);
     }
     ptx::barrier_sync(1, kThreads);
   }
@@ -555,7 +489,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
     QueryGradients<C>{params, shared}.run();
   } else {
     ptx::take_registers<C.main_registers>();
-    KeyGradients<C> gradients{params, shared, same_in_all_lanes(static_cast<int>(threadIdx.x) / 128 - 2)};
+    KeyGradients<C> gradients{params, shared, tile::same_in_all_lanes(static_cast<int>(threadIdx.x) / 128 - 2)};
     gradients.run();
   }
 }

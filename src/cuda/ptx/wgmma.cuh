@@ -54,10 +54,11 @@ struct Wgmma;
   "123,%124,%125,%126,%127"
 
 // r0 = N / 2 is the number of D's registers; r1.. follow it. The first operand behind D is %r0.
-#define TW_SS(n, type, b_transposed, r, r0, r1, r2, r3)                                                                                \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #r2 ", 0;\nmov.b64 a, {%" #r0 ", %" #r3 "};\nmov.b64 b, {%" #r1   \
-               ", %" #r3 "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r "}, a, b, p, 1, 1, 0, " #b_transposed ";\n}" \
-               : TW_D##r                                                                                                               \
+#define TW_SS(n, type, b_transposed, r, r0, r1, r2, r3)                                                                              \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #r2 ", 0;\nmov.b64 a, {%" #r0 ", %" #r3 "};\nmov.b64 b, {%" #r1 \
+               ", %" #r3 "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r                            \
+               "}, a, b, p, 1, 1, 0, " #b_transposed ";\n}"                                                                          \
+               : TW_D##r                                                                                                             \
                : "r"(a), "r"(b), "r"(accumulate), "n"(kSwizzled))
 #define TW_RS(n, type, r, r0, r1, r2, r3, r4, r5, r6)                                                                                  \
   asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #r5 ", 0;\nmov.b64 b, {%" #r4 ", %" #r6                              \

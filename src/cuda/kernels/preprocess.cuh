@@ -1,49 +1,13 @@
 // Around the backward kernel. Before it: delta and lse of every row, dq's sums set to 0. After it: dq from its sums, and dsink.
-// A CTA has one tile of 64 rows of one head. Also how CTAs find their place in packed sequences.
+// A CTA has one tile of 64 rows of one head.
 #pragma once
 
-#include "cuda/kernels/backward_params.h"
+#include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/store.cuh"
 
 namespace tilewise {
-
-// Which sequence and which of its blocks of `block` rows. batch is -1 past the last.
-struct Place {
-  int batch, block, blocks;
-};
-
-// Finds number `index` of the blocks of all packed sequences. By one whole warp.
-__device__ __forceinline__ Place find_place(const int* cu_seqlens, int batch, int block, int index) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-  for (int begin = 0; begin < batch; begin += 32) {
-    const int b = begin + lane;
-    const int blocks = b < batch ? ceil_div(cu_seqlens[b + 1] - cu_seqlens[b], block) : 0;
-    int end = blocks;  // of this and all before it
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xffffffff, end, distance);
-      if (lane >= distance) end += other;
-    }
-    const unsigned found = __ballot_sync(0xffffffff, index < end);
-    if (found) {
-      const int owner = __ffs(static_cast<int>(found)) - 1;
-      return {begin + owner, index - __shfl_sync(0xffffffff, end - blocks, owner), __shfl_sync(0xffffffff, blocks, owner)};
-    }
-    index -= __shfl_sync(0xffffffff, end, 31);
-  }
-  return {-1, 0, 0};
-}
-
-__device__ __forceinline__ Sequence whole_sequence(const BackwardParams& p, int batch) {
-  return sequence_of(batch, p.seqlen_q, p.seqlen_k, p.cu_seqlens_q, p.cu_seqlens_k, nullptr);
-}
-__device__ __forceinline__ Trimmed trimmed_sequence(const BackwardParams& p, int batch) {
-  return trim(sequence_of(batch, p.seqlen_q, p.seqlen_k, p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k), p.window_left, p.window_right,
-              p.top_left);
-}
 
 // A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences.
 struct RowTile {
@@ -55,10 +19,6 @@ __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
   if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
   const Place place = find_place(p.cu_seqlens_q, p.batch, kBlockM, tile);
   return {place.batch, head, place.block};
-}
-
-__device__ __forceinline__ uint16_t* row_of(const Elements& t, bool packed, int batch, long long row, int head) {
-  return static_cast<uint16_t*>(t.data) + (packed ? 0 : batch * t.batch) + row * t.row + head * t.head;
 }
 
 template <ptx::Element kElement>
@@ -145,7 +105,8 @@ __device__ __forceinline__ void write_dsink(const BackwardParams& p, int head) {
 
 // The last num_heads CTAs write dsink, the others a tile of dq.
 template <ptx::Element kElement>
-__global__ void __launch_bounds__(kPostprocessThreads) backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int row_ctas) {
+__global__ void __launch_bounds__(kPostprocessThreads)
+    backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int row_ctas) {
   ptx::wait_for_previous();
   if (static_cast<int>(blockIdx.x) >= row_ctas) return write_dsink(p, static_cast<int>(blockIdx.x) - row_ctas);
   const RowTile at = find_tile(p);

@@ -15,15 +15,15 @@ constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
 // All that changes the instructions of the inner loop.
 struct BackwardConfig {
   ptx::Element element = ptx::Element::kBFloat16;
-  int head_dim, head_dim_v;                // largest; smaller ones are filled with zeros
-  int mains;                               // main warpgroups, of 64 keys each
-  int stages;                              // tiles of q and do in shared memory
-  int dq_columns;                          // columns of dq that are multiplied at once
-  bool ahead;                              // products are issued ahead: s, dp, p and ds have registers of their own
-  bool split;                              // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
-  bool keep_p;                             // p stays in float32 for ds; else, for want of registers, it is what dv's product takes
-  int main_registers, dq_registers;        // per thread of a main warpgroup and of the dq warpgroup
-  bool modified = false;                   // softcap or ALiBi
+  int head_dim, head_dim_v;          // largest; smaller ones are filled with zeros
+  int mains;                         // main warpgroups, of 64 keys each
+  int stages;                        // tiles of q and do in shared memory
+  int dq_columns;                    // columns of dq that are multiplied at once
+  bool ahead;                        // products are issued ahead: s, dp, p and ds have registers of their own
+  bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
+  bool keep_p;                       // p stays in float32 for ds; else, for want of registers, it is what dv's product takes
+  int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
+  bool modified = false;             // softcap or ALiBi
   TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
   TW_HD constexpr int threads() const { return 128 * (mains + 2); }
@@ -42,23 +42,23 @@ struct BackwardParams {
   int batch, num_heads, group;  // group: query heads of one key/value head
   int seqlen_q, seqlen_k;       // packed: upper bounds
   int head_dim, head_dim_v;
-  float scale, scale_log2;           // scale_log2: for powers of two
-  float softcap_log2, tanh_factor;   // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
+  float scale, scale_log2;          // scale_log2: for powers of two
+  float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
   int q_tiles, k_blocks;  // of one head: tiles of rows and blocks of keys, packed: bounds; not packed: of one sequence
   // Workspace. A head's tiles: those of sequence b begin at first_tile(). Everything is written by the preprocess kernel.
-  long long tiles;  // of one head in the workspace
-  float* dq_sum;    // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
-  float* rows;      // [head][tile][2][64]: -lse in units of log2, delta = rowsum(do * o) - dlse
-  float* dsink_sum; // [head][tile]
-  int* turn;        // [head][tile]: how many blocks of keys have added to dq, where their order matters
+  long long tiles;   // of one head in the workspace
+  float* dq_sum;     // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
+  float* rows;       // [head][tile][2][64]: -lse in units of log2, delta = rowsum(do * o) - dlse
+  float* dsink_sum;  // [head][tile]
+  int* turn;         // [head][tile]: how many blocks of keys have added to dq, where their order matters
 };
 
 // The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.
 struct Trimmed {
-  Sequence sequence;      // with its first row and length
-  Band band;              // of the trimmed sequence
-  int q_begin, k_begin;   // rows that were cut off before it
+  Sequence sequence;     // with its first row and length
+  Band band;             // of the trimmed sequence
+  int q_begin, k_begin;  // rows that were cut off before it
 };
 
 TW_HD Trimmed trim(Sequence sequence, long long window_left, long long window_right, bool top_left) {
