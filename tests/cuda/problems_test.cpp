@@ -11,6 +11,7 @@ constexpr Layout kLayouts[] = {Layout::kBshd, Layout::kBhsd, Layout::kGaps};
 
 std::vector<Problem> problems_of(const std::string& file, Pass pass) {
   std::ifstream input(std::string(TW_PROBLEMS) + "/" + file);
+  EXPECT_TRUE(input.is_open()) << TW_PROBLEMS << "/" << file << " is not there";
   std::vector<Problem> problems;
   for (std::string line; std::getline(input, line);) {
     if (line.empty() || line[0] == '#') continue;
