@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # From nothing to what FlashAttention buys on this machine: installs what is missing, builds, computes real attention and
-# checks it, then measures standard against flash attention and writes a page about it. Options go to bench/demo.py.
+# checks it, then measures standard against flash attention and writes a page about it. Options go to bench/demo.py. Where there is a GPU
+# and nvcc, the same comparison runs there too.
 # shellcheck source-path=SCRIPTDIR source=scripts/setup.sh
 . "$(dirname "$0")/scripts/setup.sh"
 
 need "${build_packages[@]}" python3-matplotlib
 
 say "building in build/ (a minute or two the first time)"
-build build -DCMAKE_BUILD_TYPE=Release -DTILEWISE_BUILD_TESTS=OFF -DTILEWISE_BUILD_EXAMPLES=OFF -DTILEWISE_CUDA=OFF
+cuda=OFF
+if nvidia-smi -L 2>/dev/null | grep -q '^GPU' && PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then cuda=ON; fi
+build build -DCMAKE_BUILD_TYPE=Release -DTILEWISE_BUILD_TESTS=OFF -DTILEWISE_BUILD_EXAMPLES=OFF -DTILEWISE_CUDA=$cuda -DBUILD_SHARED_LIBS=$cuda
 tilewise=build/tools/tilewise/tilewise
 for python in /usr/bin/python3 python3; do # the one that Matplotlib was installed for
   if "$python" -c 'import matplotlib' 2>/dev/null; then break; fi
@@ -26,3 +29,13 @@ done
 
 say "standard against flash attention (about two minutes)"
 "$python" bench/demo.py "$tilewise" demo-output "$@"
+
+if "$tilewise" explain "q1024 d128 bf16" --device cuda >/dev/null 2>&1; then
+  say "the same on the GPU"
+  if python3 -c 'import torch' 2>/dev/null; then
+    python3 bench/io_gpu.py --library build/libtilewise.so --tool "$tilewise" --no-counters
+  else
+    printf 'No PyTorch for python3, which multiplies for standard attention here: flash alone.\n'
+    "$tilewise" bench --device cuda "q1024 h8 d128 bf16" "q4096 h8 d128 bf16" "q16384 h8 d128 bf16" "q32768 h8 d128 bf16"
+  fi
+fi

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import results
+
 
 class Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("rank", ctypes.c_int32), ("shape", ctypes.c_int64 * 4), ("stride", ctypes.c_int64 * 4)]
@@ -228,7 +230,7 @@ def main():
     result["summary"] = {g: dict(cases=len(r), geomean=round(math.exp(statistics.mean(map(math.log, r))), 3), lowest=min(r)) for g, r in ratios.items()}
     print(json.dumps(result["summary"]), "host us a call", result["host_us"], "extra memory", result["extra_memory_bytes"])
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        results.save("race", result, args.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 
 import plot
 import results
+import units
 
 HEADS, HEAD_DIM = 2, 64
 LENGTHS = [1 << n for n in range(10, 15)]
@@ -54,16 +55,16 @@ def measure(tool, threads, direction, seqlen):
 def cells(row):
     """A row of the table as text: length, times, speed-up, extra memory, bytes moved, errors."""
     flash, standard = row["flash"], row["standard"]
-    size = lambda value: "-" if value is None else plot.si(value, "B")
-    moved = (plot.si(standard["moved_bytes"], "B"), plot.si(flash["moved_bytes"], "B"))
+    size = lambda value: "-" if value is None else units.si(value, "B")
+    moved = (units.si(standard["moved_bytes"], "B"), units.si(flash["moved_bytes"], "B"))
     if "seconds" not in standard:
         needs = standard.get("needed_bytes")
         why = "does not fit" if needs else "refused"
         memory = f"needs {size(needs)}" if needs else "-"
-        return (plot.length(row["seqlen"]), why, plot.duration(flash["seconds"]), "-", memory, size(flash["extra_bytes"]), *moved, "-",
+        return (units.length(row["seqlen"]), why, units.duration(flash["seconds"]), "-", memory, size(flash["extra_bytes"]), *moved, "-",
                 f"{flash['error']:.1e}")  # fmt: skip
     return (
-        plot.length(row["seqlen"]), plot.duration(standard["seconds"]), plot.duration(flash["seconds"]),
+        units.length(row["seqlen"]), units.duration(standard["seconds"]), units.duration(flash["seconds"]),
         f"{standard['seconds'] / flash['seconds']:.1f}x", size(standard["extra_bytes"]), size(flash["extra_bytes"]), *moved,
         f"{standard['error']:.1e}", f"{flash['error']:.1e}",
     )  # fmt: skip
@@ -90,12 +91,12 @@ def measure_all(tool, threads, budget):
     """Rows of both passes, printed as they come. A row that would not fit in the time left is left out, and says so."""
     begin, rows, spent, document = time.monotonic(), [], {}, None
     for direction in ("fwd", "bwd"):
-        print(f"\n{plot.PASSES[direction]}, float32, {HEADS} heads of {HEAD_DIM}\n{heading()}", flush=True)
+        print(f"\n{units.PASSES[direction]}, float32, {HEADS} heads of {HEAD_DIM}\n{heading()}", flush=True)
         lengths = [*LENGTHS, LONGEST] if direction == "fwd" else LENGTHS
         for seqlen in lengths:
             expected = 4 * spent.get((direction, seqlen // 2), spent.get(("fwd", seqlen), 0))
             if seqlen > 4096 and time.monotonic() - begin + expected > budget:
-                print(f"{plot.length(seqlen):>7s} left out: about {expected:.0f} s more, and the demo keeps to {budget:.0f} s (--budget)")
+                print(f"{units.length(seqlen):>7s} left out: about {expected:.0f} s more, and the demo keeps to {budget:.0f} s (--budget)")
                 continue
             start = time.monotonic()
             row, document = measure(tool, threads, direction, seqlen)
@@ -109,34 +110,34 @@ def html_table(rows, direction):
     groups = "".join(f'<th colspan="{count}">{text}</th>' for text, count in GROUPS)
     columns = "".join(f"<th>{text}</th>" for text in COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells(row)) + "</tr>" for row in rows if row["pass"] == direction)
-    caption = f"{plot.PASSES[direction].capitalize()} pass, float32, {HEADS} heads of {HEAD_DIM}"
+    caption = f"{units.PASSES[direction].capitalize()} pass, float32, {HEADS} heads of {HEAD_DIM}"
     return f"<table><caption>{caption}</caption><thead><tr>{groups}</tr><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def headline(rows):
     row = max((row for row in rows if row["pass"] == "fwd" and "seconds" in row["standard"]), key=lambda row: row["seqlen"])
     flash, standard = row["flash"], row["standard"]
-    text = f"At {row['seqlen']:,} tokens the same result takes <b>{plot.duration(flash['seconds'])}</b> instead of {plot.duration(standard['seconds'])}"
+    text = f"At {row['seqlen']:,} tokens the same result takes <b>{units.duration(flash['seconds'])}</b> instead of {units.duration(standard['seconds'])}"
     if flash["extra_bytes"] and standard["extra_bytes"]:
-        text += f", and <b>{plot.si(flash['extra_bytes'], 'B')}</b> of extra memory instead of {plot.si(standard['extra_bytes'], 'B')}"
+        text += f", and <b>{units.si(flash['extra_bytes'], 'B')}</b> of extra memory instead of {units.si(standard['extra_bytes'], 'B')}"
     return text + "."
 
 
 def write_page(folder, rows, document, explanation, machine):
     rates = {key: max(row["rates"][key] for row in rows) for key in rows[0]["rates"]}  # a busy moment only ever lowers a rate
-    size = lambda value: plot.si(value, "B")
+    size = lambda value: units.si(value, "B")
     template = string.Template((pathlib.Path(__file__).parent / "page.html").read_text())
     tiles = explanation["tiles"]
     page = template.substitute(
         headline=headline(rows),
         tables=html_table(rows, "fwd") + html_table(rows, "bwd"),
-        time=plot.over_seqlen(rows, "seconds", "Time", plot.duration),
+        time=plot.over_seqlen(rows, "seconds", "Time", units.duration),
         memory=plot.over_seqlen(rows, "extra_bytes", "Extra memory", size),
         moved=plot.over_seqlen(rows, "moved_bytes", "Bytes moved", size),
         roofline=plot.roofline(rows, rates, machine),
         tiles=plot.tile_plan(explanation),
-        peak=plot.si(rates["flops_per_second"], "FLOP/s"),
-        bandwidth=plot.si(rates["bytes_per_second"], "B/s"),
+        peak=units.si(rates["flops_per_second"], "FLOP/s"),
+        bandwidth=units.si(rates["bytes_per_second"], "B/s"),
         balance=f"{rates['flops_per_second'] / rates['bytes_per_second']:.0f}",
         plan=html.escape(explanation["problem"]),
         kernel=html.escape(explanation["kernel"]),

@@ -1,22 +1,30 @@
-#!/bin/sh
-# On a machine with a Hopper GPU, in one go: correctness of the CUDA backend, then its race against the peers that come with PyTorch.
-# Usage: bench/gpu.sh [BUILD]   BUILD: a folder that holds test_cuda, test_cuda_tile and libtilewise.so; built here where not given.
-# Writes bench/results/<gpu>-forward.json. Needs python3 with PyTorch for the race.
-set -e
+#!/usr/bin/env bash
+# On a machine with a Hopper GPU, in one go: correctness of the CUDA backend, the sanitizers, the race against the peers that come with
+# PyTorch, host cost, and standard against flash with the hardware's counters. Four minutes beside building.
+# Usage: bench/gpu.sh [BUILD]   BUILD: a folder that holds test_cuda, test_cuda_tile, host_cost, tilewise and libtilewise.so; built here
+# where not given. Writes bench/results/<gpu>-forward.json; bench/report.py makes the tables of README.md and docs/ from it.
+# Needs python3 with PyTorch; compute-sanitizer and ncu are used where they are found.
+set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-build=$1
+build=${1:-}
 if [ -z "$build" ]; then
   build=$root/build-gpu
   cmake -S "$root" -B "$build" -DBUILD_SHARED_LIBS=ON -DTILEWISE_CUDA=ON
-  cmake --build "$build" -j --target tilewise test_cuda test_cuda_tile
-  ln -sf "$build"/tests/cuda/test_cuda "$build"/tests/cuda/test_cuda_tile "$build"/
+  cmake --build "$build" -j --target tilewise tilewise_tool test_cuda test_cuda_tile host_cost
+  ln -sf "$build"/tests/cuda/test_cuda "$build"/tests/cuda/test_cuda_tile "$build"/bench/host_cost "$build"/tools/tilewise/tilewise "$build"/
 fi
+export LD_LIBRARY_PATH=$build${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-')
+out=${RESULTS:-$root/bench/results}/$gpu-forward.json
+
 "$build"/test_cuda_tile --gtest_brief=1
 "$build"/test_cuda --gtest_brief=1
-if command -v compute-sanitizer > /dev/null; then
+if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
     compute-sanitizer --tool $tool --error-exitcode 3 "$build"/test_cuda --gtest_brief=1 --gtest_filter=Problems.SmokeProblems
   done
 fi
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
-python3 "$root"/bench/compare_gpu.py --library "$build"/libtilewise.so --out "${RESULTS:-$root/bench/results}/$gpu-forward.json"
+"$build"/host_cost | python3 "$root"/bench/results.py host_cost "$out"
+python3 "$root"/bench/io_gpu.py --library "$build"/libtilewise.so --tool "$build"/tilewise --out "$out"
+python3 "$root"/bench/compare_gpu.py --library "$build"/libtilewise.so --out "$out"
+python3 "$root"/bench/report.py --summary "$out"

@@ -1,20 +1,26 @@
 #!/usr/bin/env python3
-"""Write the measured tables of README.md and docs/io.md, and the picture of README.md, from bench/results/<machine>.json and, for
-the GPU's, nvidia-<gpu>-forward.json.
+"""Write the measured tables of README.md and docs/, and the picture of README.md, from bench/results/<machine>.json and, for the
+GPU's, the last nvidia-<gpu>-forward.json that has the section.
 
 Wants: Matplotlib (Debian: python3-matplotlib, for /usr/bin/python3).
 Usage: report.py [RESULTS.json]. A table stands between <!-- measured: NAME --> and <!-- end -->; the text around is untouched.
+       report.py --summary GPU_RESULTS.json prints what bench/gpu.sh found, and writes nothing.
 """
 
-import json
 import pathlib
 import re
 import sys
 
-import plot
 import results
+import units
 
-SECTIONS = {"README.md": ("demo", "cpu", "gpu"), "docs/io.md": ("traffic",)}
+# Each place and the section of the results that it is made from.
+PLACES = {
+    "README.md": {"demo": "demo", "cpu": "compare_cpu", "gpu": "race"},
+    "docs/io.md": {"traffic": "traffic", "io": "io"},
+    "docs/kernels/forward_sm90.md": {"race": "race", "more": "race", "host": "host_cost"},
+}
+GPU_SECTIONS = ("race", "io", "host_cost")
 
 
 def table(head, rows):
@@ -29,14 +35,14 @@ def source(everything, section):
 
 
 def demo(everything):
-    size = lambda value: "-" if value is None else plot.si(value, "B")
+    size = lambda value: "-" if value is None else units.si(value, "B")
     rows = []
     for row in everything["demo"]["rows"]:
         flash, standard = row["flash"], row["standard"]
         ran = "seconds" in standard
         rows.append((
-            plot.PASSES[row["pass"]], plot.length(row["seqlen"]),
-            plot.duration(standard["seconds"]) if ran else "does not fit", plot.duration(flash["seconds"]),
+            units.PASSES[row["pass"]], units.length(row["seqlen"]),
+            units.duration(standard["seconds"]) if ran else "does not fit", units.duration(flash["seconds"]),
             f"**{standard['seconds'] / flash['seconds']:.1f}x**" if ran else "-",
             size(standard["extra_bytes"]) if ran else f"needs {size(standard['needed_bytes'])}", size(flash["extra_bytes"]),
             size(standard["moved_bytes"]), size(flash["moved_bytes"]),
@@ -75,8 +81,8 @@ def traffic(everything):
     rows = [
         (
             row["seqlen"], f"{row['desk_bytes'] >> 10} KiB", row["block_m"],
-            plot.si(row["standard_counted"], "B"), plot.si(row["standard_bytes"], "B"),
-            plot.si(row["flash_counted"], "B"), plot.si(row["flash_bytes"], "B"),
+            units.si(row["standard_counted"], "B"), units.si(row["standard_bytes"], "B"),
+            units.si(row["flash_counted"], "B"), units.si(row["flash_bytes"], "B"),
             f"{row['standard_counted'] / row['flash_counted']:.0f}x",
         )
         for row in run["rows"]
@@ -85,8 +91,12 @@ def traffic(everything):
     return f"{table(head, rows)}\n\n`bench/traffic.py`, {run['versions']['valgrind']}: {source(everything, 'traffic')}."
 
 
+def gpu_source(run):
+    return f"{run['device']}, PyTorch {run['torch']}, {run['date']}, commit {run['commit']}"
+
+
 def gpu(everything):
-    run = everything["gpu"]
+    run = everything["race"]
     lengths, cells = [], {}
     for row in run["rows"]:
         if row["kind"] != "fwd":
@@ -98,29 +108,91 @@ def gpu(everything):
     summary = run["summary"]["fwd"]
     return (
         f"{table(('bf16, forward', *lengths), rows)}\n\nTFLOP/s, and the ratio to the best peer; geometric mean of {summary['cases']} cases "
-        f"{summary['geomean']:.2f}, least {summary['lowest']:.2f}. `bench/gpu.sh`, {run['device']}, PyTorch {run['torch']}, {run['when']}."
+        f"{summary['geomean']:.2f}, least {summary['lowest']:.2f}. `bench/gpu.sh`, {gpu_source(run)}."
     )
 
 
+def cases(run, kinds):
+    number = lambda value: f"{value:.0f}" if isinstance(value, float) else "-"
+    names = ("tilewise", "cudnn", "fa2", "fa3 by ratio", "fa4 by ratio")
+    rows = [(row["case"] + (" fp16" if row["kind"] == "fwd-fp16" else ""), *(number(row.get(name)) for name in names),
+             f"{row['ratio']:.2f}" if "ratio" in row else "-") for row in run["rows"] if row["kind"] in kinds]  # fmt: skip
+    return table(("case", "Tilewise", "cuDNN", "FA2", "FA3", "FA4", "ratio"), rows)
+
+
+def race(everything):
+    run = everything["race"]
+    means = [(name, mean["cases"], f"{mean['geomean']:.2f}", f"{mean['lowest']:.2f}") for name, mean in run["summary"].items()]
+    head = "group", "cases", "geometric mean of ratios", "least"
+    return f"{table(head, means)}\n\n{cases(run, ['fwd'])}\n\n`bench/gpu.sh`, {gpu_source(run)}."
+
+
+def more(everything):
+    run = everything["race"]
+    return f"{cases(run, sorted({row['kind'] for row in run['rows']} - {'fwd'}))}\n\n`bench/gpu.sh`, {gpu_source(run)}."
+
+
+def host(everything):
+    run = everything["host_cost"]
+    return (
+        f"`plan.run` takes {run['run_us']:.1f} us of the host, launching an empty kernel {run['empty_launch_us']:.1f} us: "
+        f"**{run['difference_us']:.1f} us above an empty launch** (`bench/host_cost.cu`, medians, {run['problem']}; "
+        f"{run['device']}, {run['date']}, commit {run['commit']})."
+    )
+
+
+def io(everything):
+    run = everything["io"]
+    size = lambda value: units.si(value, "B")
+    moved = lambda cell: f"{size(cell['read_bytes'])} + {size(cell['written_bytes'])}" if "read_bytes" in cell else "-"
+    rows = [
+        (
+            units.length(row["seqlen"]), units.duration(row["standard"]["seconds"]), units.duration(row["flash"]["seconds"]),
+            f"**{row['standard']['seconds'] / row['flash']['seconds']:.1f}x**",
+            size(row["standard"]["extra_bytes"]), size(row["flash"]["extra_bytes"]),
+            moved(row["standard"]), size(row["standard"]["predicted_bytes"]),
+            moved(row["flash"]), size(row["flash"]["predicted_bytes"]), size(row["flash"]["tile_bytes"]),
+        )
+        for row in run["rows"]
+    ]  # fmt: skip
+    head = ("tokens", "time, standard", "flash", "speed-up", "extra memory, standard", "flash", "DRAM read + written, standard", "predicted",
+            "flash", "predicted", "flash, L2 to SMs, predicted")  # fmt: skip
+    return f"{table(head, rows)}\n\n`bench/io_gpu.py`, `{run['problem']}`: {gpu_source(run)}."
+
+
+def print_summary(everything):
+    """What bench/gpu.sh found, a line each."""
+    for name, mean in everything["race"]["summary"].items():
+        print(f"{name:24s} {mean['cases']:3d} cases, geometric mean {mean['geomean']:.3f} of the best peer, least {mean['lowest']:.3f}")
+    print(f"{'host cost':24s} {everything['host_cost']['difference_us']:.2f} us above an empty launch")
+    longest = everything["io"]["rows"][-1]
+    flash, standard = longest["flash"], longest["standard"]
+    print(f"{units.length(longest['seqlen']) + ' tokens':24s} {units.duration(flash['seconds'])} against {units.duration(standard['seconds'])}, "
+          f"extra memory {units.si(flash['extra_bytes'], 'B')} against {units.si(standard['extra_bytes'], 'B')}")  # fmt: skip
+
+
 def main():
+    if sys.argv[1:2] == ["--summary"]:
+        return print_summary(results.load(sys.argv[2]))
     everything = results.load(sys.argv[1] if len(sys.argv) > 1 else None)
-    forward = sorted((results.ROOT / "bench/results").glob("nvidia-*-forward.json"))
-    if forward:
-        everything["gpu"] = json.loads(forward[-1].read_text())
-    made = {"demo": demo, "cpu": cpu, "gpu": gpu, "traffic": traffic}
-    for name, sections in SECTIONS.items():
+    for path in sorted((results.ROOT / "bench/results").glob("nvidia-*-forward.json")):
+        everything |= {section: value for section, value in results.load(path).items() if section in GPU_SECTIONS}
+    made = {"demo": demo, "cpu": cpu, "traffic": traffic, "gpu": gpu, "race": race, "more": more, "host": host, "io": io}
+    for name, places in PLACES.items():
         path = results.ROOT / name
         text = path.read_text()
-        for section in sections:
-            if {"cpu": "compare_cpu"}.get(section, section) not in everything:
-                print(f"{name}: nothing measured for {section}, left as it was")
+        for place, section in places.items():
+            if section not in everything:
+                print(f"{name}: nothing measured for {place}, left as it was")
                 continue
-            pattern = re.compile(rf"(<!-- measured: {section} -->\n).*?(<!-- end -->)", re.S)
+            pattern = re.compile(rf"(<!-- measured: {place} -->\n).*?(<!-- end -->)", re.S)
             if not pattern.search(text):
-                sys.exit(f"{name} has no place for {section}")
-            text = pattern.sub(lambda match: match.group(1) + made[section](everything) + "\n" + match.group(2), text)
+                sys.exit(f"{name} has no place for {place}")
+            text = pattern.sub(lambda match: match.group(1) + made[place](everything) + "\n" + match.group(2), text)
         path.write_text(text)
     if "demo" in everything:
+        import plot  # wants Matplotlib
+
         pathlib.Path(results.ROOT / "docs/flash.svg").write_text(plot.summary(everything["demo"]["rows"]))
 
 

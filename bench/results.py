@@ -7,6 +7,7 @@ import pathlib
 import platform
 import re
 import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -72,3 +73,7 @@ def save(section, data, path=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(everything, indent=1) + "\n")
     return path
+
+
+if __name__ == "__main__":  # results.py SECTION FILE: saves the JSON object on stdin
+    save(sys.argv[1], json.load(sys.stdin), sys.argv[2])

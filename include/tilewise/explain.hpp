@@ -31,9 +31,10 @@ struct Explanation {
   int64_t work_items = 0;                                       // (batch, head group, block of rows; backward: block of keys)
   int64_t full_tiles = 0, masked_tiles = 0, skipped_tiles = 0;  // block_m x block_n tiles: no mask, mask applied, never touched
   TilePicture picture;
-  double flops = 0;                                                              // useful: visible (query, key) pairs only
-  double least_bytes = 0;                                                        // every tensor once: no kernel moves less
-  double flash_bytes = 0, standard_bytes = 0;                                    // to and from the warehouse
+  double flops = 0;                            // useful: visible (query, key) pairs only
+  double least_bytes = 0;                      // every tensor once: no kernel moves less
+  double flash_bytes = 0, standard_bytes = 0;  // to and from the warehouse
+  double tile_bytes = 0;  // to and from the desks: as flash_bytes on a CPU, more on a GPU, whose L2 serves tiles that are read again
   int64_t workspace_bytes = 0, flash_extra_bytes = 0, standard_extra_bytes = 0;  // memory beyond the tensors; flash: workspace and lse
   double intensity = 0;                                                          // flops / flash_bytes
 };

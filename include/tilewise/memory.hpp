@@ -21,6 +21,9 @@ class TW_API Buffer {
   size_t bytes_ = 0;
 };
 
+// What of the device's memory nobody has taken now, as its system tells.
+TW_API Result<int64_t> free_bytes(const Device& device);
+
 // Waits until all work given to the device is done. A CPU's is done when run() returns.
 TW_API Status synchronize(const Device& device);
 

@@ -146,6 +146,8 @@ struct Options {
   TensorView dlse, dsink;
   bool deterministic = false;
 };
+// The problem that these tensors and options describe, for a Plan of one's own. Reads shapes, types and, on a CPU, packed lengths.
+TW_API Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, const TensorView& v, const Options& options = {});
 TW_API Status forward(TensorView q, TensorView k, TensorView v, TensorView o, TensorView lse = {}, const Options& options = {});
 TW_API Status backward(TensorView do_, TensorView q, TensorView k, TensorView v, TensorView o, TensorView lse, TensorView dq, TensorView dk,
                        TensorView dv, const Options& options = {});

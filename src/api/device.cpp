@@ -65,6 +65,8 @@ Status Buffer::copy_to_host(void* target, size_t bytes, size_t offset) const {
   return backend_of(device_.type).copy(device_, target, static_cast<const char*>(data_.get()) + offset, bytes, true);
 }
 
+Result<int64_t> free_bytes(const Device& device) { return backend_of(device.type).free_bytes(device); }
+
 Status synchronize(const Device& device) { return backend_of(device.type).synchronize(device); }
 
 }  // namespace tilewise

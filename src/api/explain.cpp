@@ -82,7 +82,8 @@ double element_bytes(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 
 // Adds up sequences.
 class Counter {
  public:
-  Counter(const Problem& problem, Explanation& e) : p_(problem), e_(e) {}
+  Counter(const Problem& problem, const Device& device, Explanation& e)
+      : p_(problem), shared_cache_(device.type == DeviceType::kCuda), e_(e) {}
 
   void add(int64_t seqlen_q, int64_t seqlen_k, double times) {
     if (seqlen_q != seqlen_q_ || seqlen_k != seqlen_k_) {
@@ -121,7 +122,8 @@ class Counter {
       // Products S = QK' and O = PV.
       e_.flops = 2 * pairs_ * (d + dv);
       e_.least_bytes = q + o + lse + e * group_keys_ * (d + dv);
-      e_.flash_bytes = q + o + lse + e * keys_read_ * (d + dv);
+      e_.tile_bytes = q + o + lse + e * keys_read_ * (d + dv);
+      e_.flash_bytes = shared_cache_ ? e_.least_bytes : e_.tile_bytes;
       // S is written and read, P is written and read; each query head's product reads its K and its V.
       e_.standard_bytes = q + o + e * head_keys_ * (d + dv) + 4 * e * scores_;
     } else {
@@ -132,7 +134,8 @@ class Counter {
       // while the rows that see it pass by: q, do, lse and delta are read, the float32 sum of dq is read and written. That sum
       // is cleared before and read once more to be rounded to dq.
       const double delta = 4 * rows_, dq_sum = 4 * rows_ * d;
-      e_.flash_bytes = 2 * o + delta + 2 * e * group_keys_ * (d + dv) + rows_read_ * (e * (d + dv) + 8 + 8 * d) + 2 * dq_sum + q;
+      e_.tile_bytes = 2 * o + delta + 2 * e * group_keys_ * (d + dv) + rows_read_ * (e * (d + dv) + 8 + 8 * d) + 2 * dq_sum + q;
+      e_.flash_bytes = shared_cache_ ? e_.least_bytes + 2 * delta + 2 * dq_sum : e_.tile_bytes;
       // P of the forward pass is read for dV and for dS, dP written and read, dS written and read for dQ and for dK.
       e_.standard_bytes = 2 * o + 2 * q + e * head_keys_ * (2 * d + 2 * dv) + 7 * e * scores_;
     }
@@ -142,6 +145,9 @@ class Counter {
 
  private:
   const Problem& p_;
+  // Of a GPU: blocks that work at the same time share the keys and values of one or a few heads, and L2 holds those. What is read
+  // again comes from there, so that every tensor, and in backward every sum in the workspace, crosses to memory once each way.
+  const bool shared_cache_;
   Explanation& e_;
   int64_t seqlen_q_ = -1, seqlen_k_ = -1;  // of counts_
   GroupCounts counts_;
@@ -207,7 +213,7 @@ Result<Explanation> explain(const Problem& problem, const Device& device, const 
   }
   e.candidates = list_candidates(problem, device);
   e.workspace_bytes = static_cast<int64_t>((*kernel)->workspace_bytes(problem, device));
-  Counter counter(problem, e);
+  Counter counter(problem, device, e);
   count_sequences(problem, lengths, counter);
   counter.finish();
 

@@ -67,8 +67,10 @@ int64_t longest(const Options& options, const TensorView& cu_seqlens, int64_t to
   return std::min(most, total);
 }
 
-// The problem that tensors and options describe. Only what is read here is checked here: plan.run() checks the rest.
-Result<Problem> problem_of(Pass pass, const TensorView& q, const TensorView& k, const TensorView& v, const Options& options) {
+}  // namespace
+
+// Only what is read here is checked here: plan.run() checks the rest.
+Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, const TensorView& v, const Options& options) {
   Problem p;
   p.packed = static_cast<bool>(options.cu_seqlens_q) || static_cast<bool>(options.cu_seqlens_k);
   const int rank = p.packed ? 3 : 4;
@@ -119,8 +121,10 @@ Result<Problem> problem_of(Pass pass, const TensorView& q, const TensorView& k, 
   return p;
 }
 
+namespace {
+
 Status plan_and_run(Pass pass, Arguments arguments, const Options& options) {
-  const Result<Problem> problem = problem_of(pass, arguments.q, arguments.k, arguments.v, options);
+  const Result<Problem> problem = describe(pass, arguments.q, arguments.k, arguments.v, options);
   if (!problem) return problem.status();
   const Result<Plan> plan = Plan::make(*problem, options.device);
   if (!plan) return plan.status();

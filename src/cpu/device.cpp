@@ -72,6 +72,8 @@ Status copy(const Device&, void* target, const void* source, size_t bytes, bool)
   std::memcpy(target, source, bytes);
   return {};
 }
+Result<int64_t> free_bytes(const Device&) { return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGE_SIZE); }
+
 Status synchronize(const Device&) { return {}; }
 
 Result<Rates> measure_rates(const Device& on, DataType) {
@@ -126,8 +128,8 @@ namespace tilewise {
 Device Device::cpu(int threads) { return cpu::device(threads); }
 
 const Backend& cpu_backend() {
-  static const Backend backend{DeviceType::kCpu, cpu::devices, cpu::kernels, cpu::measure_rates,
-                               cpu::allocate,    cpu::release, cpu::copy,    cpu::synchronize};
+  static const Backend backend{DeviceType::kCpu, cpu::devices,    cpu::kernels, cpu::measure_rates, cpu::allocate,
+                               cpu::release,     cpu::free_bytes, cpu::copy,    cpu::synchronize};
   return backend;
 }
 

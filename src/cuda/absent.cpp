@@ -17,6 +17,7 @@ const Backend& cuda_backend() {
       .measure_rates = [](const Device&, DataType) -> Result<Rates> { return absent(); },
       .allocate = [](const Device&, size_t) -> void* { return nullptr; },
       .release = [](const Device&, void*) {},
+      .free_bytes = [](const Device&) -> Result<int64_t> { return absent(); },
       .copy = [](const Device&, void*, const void*, size_t, bool) { return absent(); },
       .synchronize = [](const Device&) { return absent(); },
   };

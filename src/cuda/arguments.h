@@ -9,10 +9,10 @@
 
 namespace tilewise::cuda {
 
-// "head_dim 80 is above 64", "head_dim 20 is not a multiple of 8".
+// "head_dim 80 is above 64", "head_dim 20 is not a multiple of 8: ...".
 inline std::string refuse_dim(const char* name, int64_t dim, int largest) {
   const std::string text = std::string(name) + " " + std::to_string(dim);
-  if (dim % 8 != 0) return text + " is not a multiple of 8";
+  if (dim % 8 != 0) return text + " is not a multiple of 8: pad it with zeros and give softmax_scale";
   return dim > largest ? text + " is above " + std::to_string(largest) : std::string();
 }
 
@@ -26,17 +26,21 @@ inline MapSource map_source(const TensorView& t, bool bfloat16) {
   return {t.data, bfloat16, t.shape[0], t.shape[1], t.shape[2], t.shape[3], t.stride[0], t.stride[1], t.stride[2]};
 }
 
-// The copy engine and 16-byte stores need rows that begin at multiples of 16 bytes.
+// The copy engine and 16-byte stores need rows that begin at multiples of 16 bytes. Tensors whose rows do not are refused and not packed
+// into workspace first: strides are known in run() only, so that every plan would have to reserve a copy of q, k, v and o.
 inline Status check_rows(const char* name, const TensorView& t) {
-  const std::string rule = " is not a multiple of 16 bytes, which sm_90 kernels need";
-  if (reinterpret_cast<uintptr_t>(t.data) % 16 != 0) return unsupported(std::string(name) + ": the address of its first element" + rule);
-  for (int i = 0; i + 1 < t.rank; ++i) {
+  const auto refused = [&](const std::string& what, const std::string& rule) {
+    return unsupported(std::string(name) + what + ", but " + rule + " for sm_90 kernels: copy " + name +
+                       " to a tensor whose rows are padded to a multiple of 8 elements");
+  };
+  const std::string aligned = "every row must begin at a multiple of 16 bytes";
+  if (const uintptr_t past = reinterpret_cast<uintptr_t>(t.data) % 16; past != 0)
+    return refused(" begins " + std::to_string(past) + " bytes past a multiple of 16", aligned);
+  for (size_t i = 0; i + 1 < static_cast<size_t>(t.rank); ++i) {
     if (t.shape[i] <= 1) continue;
-    if (t.stride[i] % 8 != 0)
-      return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) + rule);
-    if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39)
-      return unsupported(std::string(name) + ": stride " + std::to_string(t.stride[i]) + " of dimension " + std::to_string(i) +
-                         " is not between 0 and 2^39 elements, which sm_90 kernels need");
+    const auto stride = [&] { return " has stride " + std::to_string(t.stride[i]) + " in its dimension " + std::to_string(i); };
+    if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39) return refused(stride(), "strides must lie between 0 and 2^39 elements");
+    if (t.stride[i] % 8 != 0) return refused(stride() + ", which is " + std::to_string(2 * t.stride[i]) + " bytes", aligned);
   }
   return {};
 }

@@ -47,6 +47,14 @@ void release(const Device& device, void* data) {
   cudaFree(data);
 }
 
+Result<int64_t> free_bytes(const Device& device) {
+  const Current current(device);
+  if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
+  size_t free = 0, total = 0;
+  if (Status status = status_of(cudaMemGetInfo(&free, &total), "cudaMemGetInfo"); !status.ok()) return status;
+  return static_cast<int64_t>(free);
+}
+
 Status copy(const Device& device, void* target, const void* source, size_t bytes, bool to_host) {
   const Current current(device);
   if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
@@ -76,6 +84,7 @@ const Backend& cuda_backend() {
       .measure_rates = cuda::measure_rates,
       .allocate = cuda::allocate,
       .release = cuda::release,
+      .free_bytes = cuda::free_bytes,
       .copy = cuda::copy,
       .synchronize = cuda::synchronize,
   };

@@ -11,6 +11,7 @@ struct Row {
     ForwardConfig config = Shape::kShape;
     config.element = kElement;
     config.modified = kModified;
+    if (kModified && config.consumers == 3) config.block_n = 96;  // modifying takes registers, of which three have fewer each
     return config;
   }
   static constexpr ForwardConfig kConfig = make();

@@ -30,6 +30,7 @@ struct Backend {
   Result<Rates> (*measure_rates)(const Device&, DataType);
   void* (*allocate)(const Device&, size_t bytes);  // nullptr where there is no memory left
   void (*release)(const Device&, void*);
+  Result<int64_t> (*free_bytes)(const Device&);
   Status (*copy)(const Device&, void* target, const void* source, size_t bytes, bool to_host);
   Status (*synchronize)(const Device&);
 };

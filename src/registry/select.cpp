@@ -37,18 +37,24 @@ const Backend& backend_of(DeviceType type) { return type == DeviceType::kCuda ? 
 
 Result<const Kernel*> select_kernel(const Problem& problem, const Device& device) {
   const std::string_view allowed = allowed_kernels();
-  std::string refusals;
+  std::vector<Candidate> refusals;  // rows that say the same stand together
   for (const Kernel& kernel : backend_of(device.type).kernels()) {
     if (kernel.pass != problem.pass) continue;
     const std::string refusal = refusal_of(kernel, problem, device, allowed);
     if (refusal.empty()) return &kernel;
-    refusals.append(refusals.empty() ? "" : "; ").append(kernel.name).append(": ").append(refusal);
+    const auto same = std::ranges::find(refusals, refusal, &Candidate::refusal);
+    if (same == refusals.end())
+      refusals.push_back({std::string(kernel.name), refusal});
+    else
+      same->name.append(", ").append(kernel.name);
   }
   if (refusals.empty()) {
     return unsupported("this build has no " + std::string(pass_name(problem.pass)) + " kernel for device " + device.name + " (" +
                        device.arch + ")");
   }
-  return unsupported("no kernel takes '" + problem.to_string() + "' on " + device.name + " (" + device.arch + "): " + refusals);
+  std::string text;
+  for (const Candidate& refused : refusals) text.append(text.empty() ? "" : "; ").append(refused.name).append(": ").append(refused.refusal);
+  return unsupported("no kernel takes '" + problem.to_string() + "' on " + device.name + " (" + device.arch + "): " + text);
 }
 
 std::vector<Candidate> list_candidates(const Problem& problem, const Device& device) {

@@ -89,6 +89,7 @@ void expect_equal(const Problem& p, const Lengths& lengths, const std::vector<st
   EXPECT_EQ(e.flash_extra_bytes, e.workspace_bytes + 4 * rows);
   EXPECT_EQ(static_cast<size_t>(e.workspace_bytes), Plan::make(p, Device::cpu(2))->workspace_bytes());
   EXPECT_EQ(e.kernel, Plan::make(p, Device::cpu(2))->kernel());
+  EXPECT_EQ(e.tile_bytes, e.flash_bytes) << p.to_string();
   EXPECT_EQ(e.intensity, e.flash_bytes > 0 ? e.flops / e.flash_bytes : 0);
   EXPECT_EQ(e.candidates.size(), Plan::candidates(p).size());
 }

@@ -277,7 +277,9 @@ TEST(Plan, RefusesWithSentences) {
   EXPECT_EQ(status.message().find("no kernel takes 'fwd b1 q64 k64 h1 d513 fp32' on "), 0u) << status.message();
   for (const Candidate& candidate : Plan::candidates(problem)) {
     EXPECT_NE(candidate.refusal, "");
-    EXPECT_NE(status.message().find(candidate.name + ": " + candidate.refusal), std::string::npos) << status.message();
+    const size_t name = status.message().find(candidate.name);  // kernels with one reason stand before it together
+    EXPECT_NE(name, std::string::npos) << status.message();
+    EXPECT_NE(status.message().find(": " + candidate.refusal, name), std::string::npos) << status.message();
   }
   Device device = Device::cpu();
   device.units = 0;
@@ -343,6 +345,14 @@ TEST(Buffer, CopiesInsideItsBounds) {
   EXPECT_EQ(Buffer::make(Device::cpu(), SIZE_MAX / 4).status().code(), StatusCode::kUnavailable);
 }
 
+TEST(FreeBytes, LieWithinTheMemory) {
+  for (const Device& device : Device::all()) {
+    const int64_t free = free_bytes(device).value();
+    EXPECT_GT(free, 0) << device.name;
+    EXPECT_LT(free, device.memory_bytes) << device.name;
+  }
+}
+
 // The one-call functions make the same problem that a plan would be made for.
 TEST(OneCall, EqualsPlanAndRun) {
   Call forward_call("b2 q5 k7 h4/2 d8/16 causal softcap=3 scale=0.4 sink");
@@ -382,6 +392,26 @@ TEST(OneCall, EqualsPlanAndRun) {
   EXPECT_EQ(backward_call.buffers, expected);
   options.max_seqlen_q = options.max_seqlen_k = 0;  // then the packed rows bound every sequence
   EXPECT_TRUE(backward(b.do_, b.q, b.k, b.v, b.o, b.lse, b.dq, b.dk, b.dv, options).ok());
+}
+
+TEST(Describe, IsTheProblemOfTheTensors) {
+  const auto view = [](std::initializer_list<int64_t> shape, DataType dtype) { return TensorView::contiguous(nullptr, dtype, shape); };
+  constexpr DataType bf16 = DataType::kBFloat16;
+  Options options;
+  options.causal = true;
+  options.window_left = 7;
+  options.softcap = 30;
+  const TensorView q = view({2, 5, 8, 64}, bf16), k = view({2, 9, 2, 64}, bf16), v = view({2, 9, 2, 32}, bf16);
+  EXPECT_EQ(describe(Pass::kBackward, q, k, v, options).value().to_string(), "bwd b2 q5 k9 h8/2 d64/32 bf16 window=7,0 softcap=30");
+
+  const std::vector<int32_t> starts_q = {0, 3, 3, 10}, starts_k = {0, 4, 6, 11};  // a CPU may read the longest
+  Options packed;
+  packed.cu_seqlens_q = TensorView::contiguous(starts_q.data(), DataType::kInt32, {4});
+  packed.cu_seqlens_k = TensorView::contiguous(starts_k.data(), DataType::kInt32, {4});
+  const TensorView rows_q = view({10, 4, 16}, DataType::kFloat32), rows_k = view({11, 4, 16}, DataType::kFloat32);
+  EXPECT_EQ(describe(Pass::kForward, rows_q, rows_k, rows_k, packed).value().to_string(), "fwd b3 q7 k5 h4 d16 fp32 packed tq10 tk11");
+  EXPECT_EQ(describe(Pass::kForward, q, rows_k, v).status().message(),
+            "k has 3 dimensions, but tensors have 4 where no cu_seqlens is given");
 }
 
 TEST(OneCall, RefusesWhatIsNoProblem) {

@@ -3,14 +3,19 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <fstream>
 #include <string>
 #include <vector>
 
+#include "reference/attention.h"
 #include "reference/trial.h"
+#include "tilewise/memory.hpp"
 #include "tilewise/tilewise.hpp"
 
 namespace tilewise {
+
+using reference::Trial;
 
 inline Problem parse(std::string_view line) { return Problem::parse(line).value(); }
 
@@ -32,6 +37,37 @@ class Cuda : public testing::Test {
       EXPECT_TRUE(report->pass) << report->first_failure << "\n  " << reference::verify_line(problem, seed, layout) << " --device cuda";
     }
     return true;
+  }
+
+  Trial trial(std::string_view line, reference::Layout layout = reference::Layout::kBshd) {
+    Result<Trial> made = Trial::make(parse(line), device_, 3, layout);
+    made.status().check();
+    return std::move(*made);
+  }
+  static std::vector<char> output(Trial& t) {
+    t.run().check();
+    return written(t);
+  }
+  static size_t bytes_of(const TensorView& view) {
+    int64_t last = 0;
+    for (int i = 0; i < view.rank; ++i) last += (view.shape[i] - 1) * view.stride[i];
+    return static_cast<size_t>(last + 1) * (view.dtype == DataType::kFloat32 ? 4 : 2);
+  }
+  // o and lse, bit by bit, as they lie on the device.
+  static std::vector<char> written(Trial& t) {
+    t.download().check();
+    const Arguments& a = t.host_arguments();
+    std::vector<char> bytes(bytes_of(a.o) + bytes_of(a.lse));
+    std::memcpy(bytes.data(), a.o.data, bytes_of(a.o));
+    std::memcpy(bytes.data() + bytes_of(a.o), a.lse.data, bytes_of(a.lse));
+    return bytes;
+  }
+  static void set_row(const TensorView& view, int64_t b, int64_t row, int64_t head, float value) {
+    for (int64_t d = 0; d < view.shape[3]; ++d)
+      reference::write_element(view.data, view.dtype, b * view.stride[0] + row * view.stride[1] + head * view.stride[2] + d, value);
+  }
+  static float get(const TensorView& view, int64_t b, int64_t row, int64_t head, int64_t d) {
+    return reference::read_element(view.data, view.dtype, b * view.stride[0] + row * view.stride[1] + head * view.stride[2] + d);
   }
 
   Device device_;

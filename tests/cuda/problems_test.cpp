@@ -68,14 +68,14 @@ TEST_F(Problems, EveryRowRuns) {
   std::set<std::string> names;
   for (const char* dims : {"64", "96", "128", "192/128", "192", "256", "80", "8", "104/40", "248"})
     for (const char* type : {"bf16", "fp16"})
-      for (const char* score : {"", " softcap=20", " alibi"}) {
-        const Problem problem = parse("b2 q300 k520 h4/2 d" + std::string(dims) + " " + type + " causal" + score);
+      for (const char* score : {"", " softcap=20", " alibi", " causal", " causal softcap=20"}) {
+        const Problem problem = parse("b2 q300 k520 h4/2 d" + std::string(dims) + " " + type + score);
         const Result<Plan> plan = Plan::make(problem, device_);
         ASSERT_TRUE(plan.ok()) << plan.status().message();
         names.insert(std::string(plan->kernel()));
         EXPECT_TRUE(verify(problem, 1, Layout::kBshd));
       }
-  EXPECT_EQ(names.size(), 24u);
+  EXPECT_EQ(names.size(), 28u);
 }
 
 TEST_F(Problems, EveryBackwardRowRuns) {

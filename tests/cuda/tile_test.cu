@@ -100,7 +100,7 @@ TEST_F(TileTest, LoadFillsRowsAndColumnsThatAreNotThereWithZeros) {
 // out = (q k^T) v with both products, through every piece that carries a fragment.
 template <int kKeys, int kDepth, int kWidth>
 __global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                                const __grid_constant__ CUtensorMap v_map, uint16_t* out) {
+                                const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap out_map) {
   struct Memory {
     Tile<64, kDepth> q;
     Tile<2 * kKeys, kDepth> k;
@@ -133,7 +133,16 @@ __global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const
     hold(o);
     hold(p);
   }
-  for (int r = 0; r < 2; ++r) store_row<kBFloat16>(o, r, 1, out + (this_lane().row + 8 * r) * kWidth, kWidth);
+  // Out by way of shared memory; of the 64 rows the last three belong to somebody else.
+  Tile<64, kWidth>& result = *reinterpret_cast<Tile<64, kWidth>*>(memory);
+  __syncthreads();
+  write_fragment<kWidth / 4>(result, [&](int i) { return ptx::pack<kBFloat16>(o[2 * i], o[2 * i + 1]); });
+  ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    store_rows(result, &out_map, 0, 61, 0, 0);
+    wait_stored();
+  }
 }
 
 template <int kKeys, int kDepth, int kWidth>
@@ -145,17 +154,22 @@ void check_products() {
   };
   const std::vector<uint16_t> q = random(64 * kDepth, 5), k = random(2 * kKeys * kDepth, 7), v = random(2 * kKeys * kWidth, 11);
   const OnDevice<uint16_t> dq(q), dk(k), dv(v), out(std::vector<uint16_t>(64 * kWidth, 0x7fc0));
-  CUtensorMap qm, km, vm;
+  CUtensorMap qm, km, vm, om;
   ASSERT_TRUE(make_tensor_map({dq.data, true, 1, 64, 1, kDepth, 0, kDepth, 0}, 64, qm).ok());
   ASSERT_TRUE(make_tensor_map({dk.data, true, 1, 2 * kKeys, 1, kDepth, 0, kDepth, 0}, 2 * kKeys, km).ok());
   ASSERT_TRUE(make_tensor_map({dv.data, true, 1, 2 * kKeys, 1, kWidth, 0, kWidth, 0}, 2 * kKeys, vm).ok());
+  ASSERT_TRUE(make_tensor_map({out.data, true, 1, 64, 1, kWidth, 0, kWidth, 0}, 64, om).ok());
   constexpr int kBytes = sizeof(Tile<64, kDepth>) + sizeof(Tile<2 * kKeys, kDepth>) + sizeof(Tile<2 * kKeys, kWidth>);
   const auto kernel = products_kernel<kKeys, kDepth, kWidth>;
   ASSERT_EQ(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), cudaSuccess);
-  kernel<<<1, 128, kBytes>>>(qm, km, vm, out.data);
+  kernel<<<1, 128, kBytes>>>(qm, km, vm, om);
   const std::vector<uint16_t> got = out.get();
   for (int i = 0; i < 64; ++i)
     for (int d = 0; d < kWidth; ++d) {
+      if (i >= 61) {
+        ASSERT_EQ(got[i * kWidth + d], 0x7fc0) << "not written";
+        continue;
+      }
       float sum = 0;
       for (int j = 0; j < 2 * kKeys; ++j) {
         float score = 0;
@@ -173,21 +187,31 @@ TEST_F(TileTest, ProductsD192) { check_products<64, 192, 192>(); }
 TEST_F(TileTest, ProductsD192x128) { check_products<64, 192, 128>(); }
 TEST_F(TileTest, ProductsD256) { check_products<64, 64, 256>(); }
 
-// Blocks of 32 keys per row, the first exact, the others stale where that holds; out: max, sum, and whether the block was taken stale.
+// Blocks of 32 keys per row, exact until every row of the warp has met a key, then under the old max; out: max, sum, and whether the block
+// went without a new max.
 __global__ void rows_kernel(const float* scores, int blocks, float* out) {
   Rows rows;
   rows.clear();
   const Lane lane = this_lane();
+  bool settled = false;
   for (int block = 0; block < blocks; ++block) {
-    float s[16], rescale[2];
-    uint32_t p[8];
+    float s[16];
     for (int i = 0; i < 16; ++i) s[i] = scores[((block * 64) + lane.row + 8 * row_of(i)) * 32 + lane.column + column_of(i)];
-    const bool stale = block > 0 && add_block_stale<kBFloat16>(rows, s, 1, p);
-    if (!stale) add_block_exact<kBFloat16>(rows, s, 1, p, rescale);
+    bool kept = settled;
+    if (settled)
+      rows.keep();
+    else
+      settled = rows.raise(s, 1);
+    rows.exponentials<0, 8>(s, 1);
+    rows.exponentials<8, 16>(s, 1);
+    if (rows.outgrown()) {
+      rows.shrink(s);
+      kept = false;
+    }
     for (int r = 0; r < 2; ++r) {
       float* row = out + (block * 64 + lane.row + 8 * r) * 3;
       const float sum = row_sum(rows.sum[r]);
-      if (lane.column == 0) row[0] = rows.max[r], row[1] = sum, row[2] = stale;
+      if (lane.column == 0) row[0] = rows.max[r], row[1] = sum, row[2] = kept;
     }
   }
 }
@@ -199,7 +223,8 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
     for (int i = 0; i < 64 * 32; ++i) {
       const int warp = i / 32 / 16;
       float x = static_cast<float>((i * 37 + block * 11) % 9) - 4;
-      if (block == 2 && warp == 1) x += 300;      // outgrows the old maximum beyond float
+      if (block == 2 && warp == 1) x += 100;      // outgrows the old maximum
+      if (block == 2 && warp == 3) x += 300;      // beyond float
       if (block < 2 && warp == 2) x = -INFINITY;  // sees nothing at first
       scores[block * 64 * 32 + i] = x;
     }
@@ -213,6 +238,8 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
       const float* state = &got[(block * 64 + row) * 3];
       if (sum == 0) {
         EXPECT_EQ(state[1], 0);
+      } else if (row / 16 == 3 && block >= 2) {
+        EXPECT_EQ(state[1], INFINITY);
       } else {
         EXPECT_NEAR(std::log2(sum), state[0] + std::log2(state[1]), 1e-4) << row << " " << block;
       }
@@ -226,22 +253,29 @@ TEST_F(TileTest, RowsKeepTheirMeaningUnderAnOldMaximum) {
   }
 }
 
+template <int kStages>
 __global__ void ring_kernel(int count, int* out) {
-  Ring<4> ring, far;
+  Ring<kStages> ring;
   for (int i = 0; i < count; ++i) ring.advance();
-  far.advance(count);
   out[0] = ring.stage();
   out[1] = ring.parity();
-  out[2] = far.stage();
-  out[3] = far.parity();
+  out[2] = ring.next().stage();
+  out[3] = ring.next().parity();
 }
 
-TEST_F(TileTest, RingWalksStagesAndParities) {
+template <int kStages>
+void check_ring() {
   const OnDevice<int> out(std::vector<int>(4));
   for (int count = 0; count < 20; ++count) {
-    ring_kernel<<<1, 1>>>(count, out.data);
-    EXPECT_EQ(out.get(), (std::vector<int>{count % 4, count / 4 % 2, count % 4, count / 4 % 2}));
+    ring_kernel<kStages><<<1, 1>>>(count, out.data);
+    const int next = count + 1;
+    EXPECT_EQ(out.get(), (std::vector<int>{count % kStages, count / kStages % 2, next % kStages, next / kStages % 2}));
   }
+}
+TEST_F(TileTest, RingWalksStagesAndParities) {
+  check_ring<2>();
+  check_ring<3>();
+  check_ring<4>();
 }
 
 }  // namespace

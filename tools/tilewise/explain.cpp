@@ -34,18 +34,16 @@ struct Times {
   double standard_intensity;
 };
 
-Times times_of(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
+Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
   const double rows = static_cast<double>(p.seqlen_q * (p.num_heads_q / p.num_heads_kv)), keys = static_cast<double>(p.seqlen_k);
   const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
   const double d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
   const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
-  // On a GPU tiles that are read again come from its L2 cache, whose rate is far above the memory's.
-  const double moved = device.type == DeviceType::kCpu ? e.flash_bytes : e.least_bytes;
   return {e.flops / rates.flops_per_second,
-          moved / rates.bytes_per_second,
+          e.flash_bytes / rates.bytes_per_second,
           limit_seconds(e.flops, e.least_bytes, rates),
-          limit_seconds(computed, moved, rates),
+          limit_seconds(computed, e.flash_bytes, rates),
           limit_seconds(e.flops, e.standard_bytes, rates),
           e.standard_bytes > 0 ? e.flops / e.standard_bytes : 0};
 }
@@ -62,7 +60,7 @@ const char* unit_name(const Device& device) { return device.type == DeviceType::
 
 void print(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
   const auto row = [](const char* name, const std::string& text) { fmt::print("{:<11} {}\n", name, text); };
-  const Times times = times_of(p, device, e, rates);
+  const Times times = times_of(p, e, rates);
   row("problem", p.to_string());
   row("device", device_text(device));
   row("kernel", e.kernel);
@@ -91,6 +89,7 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   pair("extra", bytes_text(static_cast<double>(e.flash_extra_bytes)), bytes_text(static_cast<double>(e.standard_extra_bytes)),
        fmt::format("memory: workspace {} and lse", bytes_text(static_cast<double>(e.workspace_bytes))));
   pair("traffic", bytes_text(e.flash_bytes), bytes_text(e.standard_bytes), "to and from memory");
+  if (device.type == DeviceType::kCuda) pair("", bytes_text(e.tile_bytes), "", "between L2 and the SMs");
   pair("intensity", fmt::format("{:.1f}", e.intensity), fmt::format("{:.1f}", times.standard_intensity),
        fmt::format("FLOP/byte; this machine balances at {:.1f}", rates.flops_per_second / rates.bytes_per_second));
   pair("limit", seconds_text(times.limit), seconds_text(times.standard),
@@ -100,7 +99,7 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
 }
 
 Json explanation_json(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
-  const Times times = times_of(p, device, e, rates);
+  const Times times = times_of(p, e, rates);
   Json candidates = Json::array(), lines = Json::array();
   for (const Candidate& candidate : e.candidates) candidates.push_back({{"name", candidate.name}, {"refusal", candidate.refusal}});
   for (const auto& cells : e.picture.rows) lines.push_back(line_of(e.picture, cells, std::string(".+#")));
@@ -128,6 +127,7 @@ Json explanation_json(const Problem& p, const Device& device, const Explanation&
           {"flops", e.flops},
           {"flash",
            {{"bytes_moved", e.flash_bytes},
+            {"tile_bytes", e.tile_bytes},
             {"extra_bytes", e.flash_extra_bytes},
             {"workspace_bytes", e.workspace_bytes},
             {"intensity", e.intensity},

@@ -20,7 +20,7 @@
 #include "cuda/tile/load.cuh"
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/shared.cuh"
-#include "cuda/tile/store.cuh"
+#include "cuda/tile/store_row.cuh"
 
 namespace tilewise {
 

@@ -32,29 +32,40 @@ struct ForwardShared {
   using Q = tile::Tile<64, C.head_dim>;
   using K = tile::Tile<C.block_n, C.head_dim>;
   using V = tile::Tile<C.block_n, C.head_dim_v>;
-  Q q[C.q_slots][C.consumers];
-  K k[C.stages];
-  V v[C.stages];
+  using O = tile::Tile<64, C.head_dim_v>;
+  Q q[C.q_slots];
+  K k[C.k_stages];
+  V v[C.v_stages];
+  O o[C.o_slots];
+  float lse[C.o_slots][64];
+  bool spoilt[C.o_slots][4];  // some row of a warp of the finished tile is NaN
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots][C.consumers], q_empty[C.q_slots][C.consumers];
-  tile::Barrier k_full[C.stages], k_empty[C.stages], v_full[C.stages], v_empty[C.stages];
+  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.o_slots];
+  tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
+
+  tile::Counter stored;  // finished tiles that have left
 
   __device__ __forceinline__ void init_barriers() {
     constexpr int kWarps = 4 * C.consumers;
     for (int i = 0; i < kItems; ++i) {
       item_full[i].init(32);
-      item_empty[i].init(32 * kWarps + 2);  // and the loaders of keys and of values
+      item_empty[i].init(32 * kWarps + 3);  // and the loaders of keys and of values, and who stores
     }
-    for (int i = 0; i < C.q_slots; ++i)
-      for (int j = 0; j < C.consumers; ++j) {
-        q_full[i][j].init(1);
-        q_empty[i][j].init(4);
-      }
-    for (int i = 0; i < C.stages; ++i) {
+    for (int i = 0; i < C.q_slots; ++i) {
+      q_full[i].init(1);
+      q_empty[i].init(4);
+    }
+    for (int i = 0; i < C.o_slots; ++i) {
+      o_full[i].init(4);
+    }
+    stored.set(0);
+    for (int i = 0; i < C.k_stages; ++i) {
       k_full[i].init(1);
-      v_full[i].init(1);
       k_empty[i].init(kWarps);
+    }
+    for (int i = 0; i < C.v_stages; ++i) {
+      v_full[i].init(1);
       v_empty[i].init(kWarps);
     }
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
@@ -69,41 +80,52 @@ template <ForwardConfig C>
 __device__ __forceinline__ void load_queries(const ForwardParams& params, ForwardShared<C>& shared) {
   const bool leader = threadIdx.x % 32 == 0;
   tile::Ring<kItems> items;
-  tile::Ring<C.q_slots> slots[C.consumers];
+  tile::Ring<C.q_slots> q_ring;
+  uint32_t results = 0;
   Schedule schedule;
   for (bool more = true; more; items.advance()) {
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
     WorkItem<C.consumers>& item = shared.item[items.stage()];
     more = schedule.next(params, C.block_n, item);
+    // Places for queries and for finished tiles go round all warpgroups that have work: which ones a warpgroup gets is part of the item.
+    const tile::Ring<C.q_slots> first = q_ring;
+#pragma unroll
+    for (int part = 0; part < C.consumers; ++part) {
+      if (leader) item.part[part].q_place = q_ring.position, item.part[part].result = results;
+      if (!more || item.part[part].empty()) continue;
+      q_ring.advance();
+      ++results;
+    }
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
     if (!more) break;
+    q_ring = first;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
-      if (item.part[part].begin >= item.part[part].end) continue;  // sees nothing and asks for nothing
-      const int stage = slots[part].stage(), row = item.m_begin + 64 * part;
-      shared.q_empty[stage][part].wait(slots[part].parity() ^ 1);
+      if (item.part[part].empty()) continue;  // sees nothing and asks for nothing
+      const int row = item.m_begin + 64 * part;
+      shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
       if (leader)
-        tile::load_rows(shared.q[stage][part], &params.q_map, shared.q_full[stage][part], item.sequence.q_row + row,
+        tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], item.sequence.q_row + row,
                         item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch);
-      slots[part].advance();
+      q_ring.advance();
     }
   }
 }
 
 // Loads the blocks of keys or of values of every tile, right to left. One warp.
-template <ForwardConfig C, class T>
-__device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[C.stages],
-                                          const CUtensorMap& map, tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages]) {
+template <ForwardConfig C, class T, int kStages>
+__device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[kStages],
+                                          const CUtensorMap& map, tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages]) {
   if (threadIdx.x % 32 != 0) return;
   tile::Ring<kItems> items;
-  tile::Ring<C.stages> ring;
+  tile::Ring<kStages> ring;
   for (;; items.advance()) {
     shared.item_full[items.stage()].wait(items.parity());
     const WorkItem<C.consumers>& item = shared.item[items.stage()];
     if (!item.valid) return;
     const int batch = params.cu_seqlens_k ? 0 : item.batch, head = item.head / params.group;
-    for (int block = item.all.end - 1; block >= item.all.begin; --block, ring.advance()) {
+    for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
       const int row = block * C.block_n;
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch);
@@ -134,10 +156,11 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   for (int i = thread; i < rows; i += 128) store_lse<C>(params, item, begin + i, params.sink ? params.sink[item.head] : -INFINITY);
 }
 
-// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. `lse2` is its log2 of the sum. Every branch is
-// visibly uniform: one that is not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
+// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. Every branch is visibly uniform: one that is
+// not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
 template <ForwardConfig C>
-__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query, float lse2) {
+__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query,
+                                              typename ForwardShared<C>::O& tile, float& lse) {
   const auto row_of = [&](const Elements& t, long long row, int head) {
     return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
   };
@@ -145,11 +168,13 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
   const int begin = uniform(first_key(item.band, query)), end = uniform(end_key(item.band, query));
   const uint16_t* q = row_of(params.q, item.sequence.q_row + query, item.head);
   const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] : 0;
+  float max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY, sum = params.sink ? 1 : 0;
+  // First the maximum and the sum, then 32 columns of o at a time.
 #pragma unroll 1
-  for (int columns = 0; columns < params.head_dim_v; columns += 32) {
+  for (int columns = -32; columns < params.head_dim_v; columns += 32) {
     const int column = columns + lane;
-    const bool inside = column < params.head_dim_v;
-    float sum = 0;
+    const bool inside = columns >= 0 && column < params.head_dim_v;
+    float o = 0;
 #pragma unroll 1
     for (int key = begin; key < end; ++key) {
       const uint16_t* k = row_of(params.k, item.sequence.k_row + key, item.head / params.group);
@@ -160,18 +185,64 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) score += __shfl_xor_sync(0xffffffff, score, distance);
       score = tile::modify(score * params.scale, params.softcap, slope * kLog2e, key - query - item.band.offset);
+      if (columns < 0) {
+        const float larger = fmaxf(max, score), shift = larger == -INFINITY ? 0 : larger;
+        sum = sum * ptx::exp2(max - shift) + ptx::exp2(score - shift);
+        max = larger;
+      }
       const uint16_t* v = row_of(params.v, item.sequence.k_row + key, item.head / params.group);
-      if (inside) sum += ptx::exp2(score - lse2) * ptx::to_float<C.element>(v[column]);
-      if (uniform(!__any_sync(0xffffffff, sum == sum))) break;
+      if (inside) o += ptx::exp2(score - max) * ptx::to_float<C.element>(v[column]);
+      if (uniform(!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o))) break;
     }
-    if (inside) output_row<C>(params, item, query)[column] = static_cast<uint16_t>(ptx::pack<C.element>(sum, 0));
+    if (columns < 0 && lane == 0) lse = (max + log2f(sum)) * kLn2;
+    if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
   }
 }
 
-// One warpgroup's pipeline. `ahead` issues scores one block ahead of the softmax; the members behind it follow.
+// Stores finished tiles and their lse. One warp.
+template <ForwardConfig C>
+__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (tile::Ring<kItems> items;; items.advance()) {
+    shared.item_full[items.stage()].wait(items.parity());
+    const WorkItem<C.consumers>& item = shared.item[items.stage()];
+    if (!item.valid) return;
+    for (int part = 0; part < C.consumers; ++part) {
+      const typename WorkItem<C.consumers>::Part& own = item.part[part];
+      if (own.empty()) continue;
+      const uint32_t slot = own.result % C.o_slots;
+      const int row = item.m_begin + 64 * part, rows = min_of(64, item.sequence.seqlen_q - row);
+      auto& tile = shared.o[slot];
+      shared.o_full[slot].wait(own.result / C.o_slots & 1);
+      if (__any_sync(0xffffffff, lane < 4 && shared.spoilt[slot][lane % 4])) {
+#pragma unroll 1
+        for (int i = 0; i < rows; ++i) {
+          uint32_t worst = 0;
+          for (int column = 2 * lane; column < C.head_dim_v; column += 64)
+            worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
+          if (__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
+        }
+        ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+        __syncwarp();
+      }
+      if (lane == 0)
+        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch);
+      for (int i = lane; i < rows; i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
+      if (lane == 0) tile::wait_stored();
+      __syncwarp();
+      if (lane == 0) shared.stored.set(own.result + 1);
+    }
+    if (lane == 0) shared.item_empty[items.stage()].arrive();
+  }
+}
+
+// One warpgroup's pipeline over the blocks of its tiles, one after the other as if they were one long row. In each step the scores of the
+// next block are issued, then the product of the present block's p with its values: while the tensor cores do both, and those of the other
+// warpgroups, the scores turn into exponentials. What else there is to do is done behind the issue of scores, while they are multiplied.
 template <ForwardConfig C>
 struct Consumer {
   using Shared = ForwardShared<C>;
+  using Item = WorkItem<C.consumers>;
   static constexpr int kOutputs = C.head_dim_v / 2;
 
   const ForwardParams& params;
@@ -179,30 +250,30 @@ struct Consumer {
   const int part;  // which warpgroup
   const bool leader = threadIdx.x % 32 == 0;
 
-  float s[C.block_n / 2];
-  uint32_t p[C.block_n / 4];
+  float s[C.block_n / 2];     // scores of the next block, then its exponentials
+  uint32_t p[C.block_n / 4];  // exponentials of the present block
   float o[kOutputs];
-  tile::Rows rows;
+  tile::Rows rows;  // of the tile that s belongs to
+  float factor;     // from scores to powers of two
+  bool settled;     // every row of this warp has met a key: its maximum may be kept
 
-  tile::Ring<kItems> items;       // the present tile
-  tile::Ring<C.q_slots> queries;  // its queries
-  tile::Ring<C.stages> keys;      // the block whose scores are issued next
-  tile::Ring<C.stages> values;    // the present block
-  bool primed;                    // the scores of the next block have been issued
-  int q_stage, k_stage;           // where its operands are
-  float factor;
+  tile::Ring<kItems> items;  // the tile of s
+  tile::Ring<C.k_stages> keys;
+  tile::Ring<C.v_stages> values;
+  int k_stage, q_stage;                             // where the operands of s are
+  int block;                                        // of s, falling to `begin`
+  int begin, full_begin, full_end, before, behind;  // of its tile
+  bool accumulate;                                  // the present block is not its tile's first
+  bool present;                                     // there is one
 
   // Each block's scores are issued by one warpgroup after the other, skipped blocks included, so that one's softmax runs under the
   // others' products: left alone, those who waited for the same keys stay in step and leave the tensor cores idle together.
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (C.in_turn) ptx::barrier_sync(1 + part, 256);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (C.in_turn) ptx::barrier_arrive(1 + (part + 1 == C.consumers ? 0 : part + 1), 256);
-  }
+  __device__ __forceinline__ void take_turn() { ptx::barrier_sync(1 + part, 256); }
+  __device__ __forceinline__ void pass_turn() { ptx::barrier_arrive(1 + (part + 1 == C.consumers ? 0 : part + 1), 256); }
 
   // Hands blocks back unread that only other warpgroups see. Waiting for each keeps everyone within one round of the ring.
-  __device__ __forceinline__ void skip(tile::Barrier (&full)[C.stages], tile::Barrier (&empty)[C.stages], tile::Ring<C.stages>& ring,
+  template <int kStages>
+  __device__ __forceinline__ void skip(tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages], tile::Ring<kStages>& ring,
                                        int count) {
 #pragma unroll 1
     for (; count > 0; --count, ring.advance()) {
@@ -211,135 +282,171 @@ struct Consumer {
     }
   }
   __device__ __forceinline__ void skip_keys(int count) {
-    if constexpr (C.in_turn)
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        take_turn();
-        pass_turn();
-      }
+    for (int i = 0; i < count; ++i) {
+      take_turn();
+      pass_turn();
+    }
     skip(shared.k_full, shared.k_empty, keys, count);
   }
   __device__ __forceinline__ void skip_values(int count) { skip(shared.v_full, shared.v_empty, values, count); }
-
-  // Blocks of the tile to the right and to the left of this warpgroup's.
-  __device__ __forceinline__ int blocks_before(const WorkItem<C.consumers>& item) { return uniform(item.all.end - item.part[part].end); }
-  __device__ __forceinline__ int blocks_behind(const WorkItem<C.consumers>& item) {
-    return uniform(item.part[part].begin - item.all.begin);
-  }
 
   __device__ __forceinline__ void find_keys() {
     shared.k_full[keys.stage()].wait(keys.parity());
     k_stage = keys.stage();
     keys.advance();
   }
-
-  // Finds the operands of the next tile's first block. Values are still held here, so it may only wait for keys that others can load
-  // without them: where a tile begins too far off, it leaves the pipeline to run empty.
-  __device__ __forceinline__ void find_next(const WorkItem<C.consumers>& item) {
+  // Enters the tile at `items`, `gap` blocks of keys away.
+  __device__ __forceinline__ void enter(const typename Item::Part& own, int gap) {
+    block = uniform(own.end) - 1;
+    begin = uniform(own.begin);
+    full_begin = uniform(own.full_begin);
+    full_end = uniform(own.full_end);
+    before = uniform(own.before);
+    behind = uniform(own.behind);
+    const tile::Ring<C.q_slots> place{uniform(own.q_place)};
+    q_stage = place.stage();
+    if (gap > 0) skip_keys(gap);
+    shared.q_full[q_stage].wait(place.parity());
+    find_keys();
+  }
+  // Enters the tile behind the present one, whose last values are still held here: so it may only wait for keys that others can load
+  // without them. Where a tile begins too far off, or there is none, false: the pipeline runs empty.
+  __device__ __forceinline__ bool enter_next() {
     const tile::Ring<kItems> following = items.next();
     shared.item_full[following.stage()].wait(following.parity());
-    const WorkItem<C.consumers>& next = shared.item[following.stage()];
-    const int gap = blocks_behind(item) + blocks_before(next);
-    primed = uniform(next.valid && next.part[part].begin < next.part[part].end) && gap < C.stages;
-    if (!primed) return;
-    skip_keys(gap);
-    const tile::Ring<C.q_slots> slot = queries.next();
-    shared.q_full[slot.stage()][part].wait(slot.parity());
-    q_stage = slot.stage();
-    find_keys();
+    const Item& next = shared.item[following.stage()];
+    const typename Item::Part own = next.part[part];
+    const int gap = behind + uniform(own.before);
+    if (!uniform(next.valid && !own.empty()) || gap >= min_of(C.k_stages, C.v_stages)) return false;
+    items = following;
+    enter(own, gap);
+    return true;
   }
-
-  // Where there is no next block, the tensor cores multiply what lies at the last place and nobody looks at it: with a branch around
-  // them the compiler would not let them run while the softmax does.
-  __device__ __forceinline__ void issue_scores() {
-    tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_stage][part], shared.k[k_stage], 0);
-  }
-
-  // Starts the pipeline at the present tile.
-  __device__ __forceinline__ void prime(const WorkItem<C.consumers>& item) {
-    skip_keys(blocks_before(item));
-    q_stage = queries.stage();
-    shared.q_full[q_stage][part].wait(queries.parity());
-    find_keys();
-    primed = true;
-    take_turn();
-    ptx::wgmma_fence();
-    issue_scores();
-    ptx::wgmma_commit();
-    pass_turn();
-  }
-
-  // Whether the present tile has blocks for this warpgroup; waits until it is known.
-  __device__ __forceinline__ bool here_is_work() {
-    shared.item_full[items.stage()].wait(items.parity());
-    const WorkItem<C.consumers>& item = shared.item[items.stage()];
-    return uniform(item.valid && item.part[part].begin < item.part[part].end);
-  }
-  // Moves to the next tile with work, writing rows that see nothing on the way. False: no tile is left.
-  __device__ __forceinline__ bool find_work() {
-    while (!here_is_work()) {
-      const WorkItem<C.consumers>& item = shared.item[items.stage()];
-      if (!item.valid) return false;
+  // Enters the next tile with work when the pipeline is empty, writing rows that see nothing on the way. False: no tile is left.
+  __device__ __forceinline__ bool enter_first() {
+    for (;; items.advance()) {
+      shared.item_full[items.stage()].wait(items.parity());
+      const Item& item = shared.item[items.stage()];
+      const typename Item::Part own = item.part[part];
+      if (!uniform(item.valid)) return false;
+      if (uniform(!own.empty())) {
+        enter(own, uniform(own.before));
+        return true;
+      }
       write_empty<C>(params, item, part);
-      const int blocks = uniform(item.all.end - item.all.begin);
 #pragma unroll 1
-      for (int i = 0; i < blocks; ++i) {
+      for (int i = uniform(own.before); i > 0; --i) {
         skip_keys(1);
         skip_values(1);
       }
-      release_item();
+      shared.item_empty[items.stage()].arrive();  // every lane, for what it has read
     }
-    return true;
-  }
-  __device__ __forceinline__ void release_item() {
-    shared.item_empty[items.stage()].arrive();  // every lane, for what it has read
-    items.advance();
   }
 
-  // A block, from scores in registers to o. `fresh`: the first of its tile, `last`: its last.
-  __device__ __forceinline__ void step(const WorkItem<C.consumers>& item, int key, bool edge, bool fresh, bool last) {
-    const int query = item.m_begin + 64 * part + tile::this_lane().row;
+  __device__ __forceinline__ void issue_scores() {
+    ptx::wgmma_fence();
+    tile::multiply_scores<C.element, C.head_dim, C.block_n>(s, shared.q[q_stage], shared.k[k_stage], 0);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_values() {
+    ptx::wgmma_fence();
+    tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, accumulate);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void wait_scores(bool valid) {
+    ptx::wgmma_wait<1>();
+    tile::hold(s);
+    shared.q_empty[q_stage].arrive_if(leader && valid && block == begin);
+  }
+  // The block's exponentials. The keys are handed back in the middle: that the sum is never below 0 the compiler does not know, so it
+  // computes one half before it lets the products with the values be waited for, and the other half while p is packed.
+  __device__ __forceinline__ void exponentials(bool valid) {
+    constexpr int kHalf = C.block_n / 4 / 4 * 4;
+    rows.template exponentials<0, kHalf>(s, factor);
+    shared.k_empty[k_stage].arrive_if(leader && valid && !(rows.total() < 0));
+    rows.template exponentials<kHalf, C.block_n / 2>(s, factor);
+  }
+  __device__ __forceinline__ void wait_values(bool valid) {
+    ptx::wgmma_wait<0>();
+    tile::hold(o);
+    tile::hold(p);
+    shared.v_empty[values.stage()].arrive_if(leader && valid);
+    if (valid) values.advance();
+  }
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int i = 0; i < C.block_n / 4; ++i) p[i] = ptx::pack<C.element>(s[2 * i], s[2 * i + 1]);
+  }
+  __device__ __forceinline__ void rescale() {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) o[i] *= rows.rescale[tile::row_of(i)];
+  }
+
+  // Scores as they are exponentiated: modified, masked, and with a maximum where the old one will not do.
+  __device__ __forceinline__ void prepare() {
+    const Item& item = shared.item[items.stage()];
+    const int query = item.m_begin + 64 * part + tile::this_lane().row, key = block * C.block_n;
     if constexpr (C.modified) {
       const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
       tile::modify_block(s, params.scale, params.softcap, slope, query + item.band.offset, key);
     }
-    if (edge) tile::mask_block(s, item.band, query, key);
-    if (fresh || !tile::add_block_stale<C.element>(rows, s, factor, p)) {
-      float rescale[2];
-      tile::add_block_exact<C.element>(rows, s, factor, p, rescale);
-      if (!fresh && __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1)) {
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[tile::row_of(i)];
+    if (block < full_begin || block >= full_end) tile::mask_block(s, item.band, query, key);
+    if (C.modified || !settled)
+      settled = rows.raise(s, factor);
+    else
+      rows.keep();
+  }
+
+  // Steps where nothing is masked. This is where the time goes.
+  __device__ __forceinline__ void plain_steps(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      --block;
+      find_keys();
+      take_turn();
+      issue_scores();
+      shared.v_full[values.stage()].wait(values.parity());
+      issue_values();
+      pass_turn();
+      wait_scores(true);
+      const bool raise = !settled;
+      if (raise) settled = rows.raise(s, factor);
+      exponentials(true);
+      wait_values(true);
+      pack();
+      if (raise || rows.outgrown()) {
+        if (!raise) rows.keep();
+        rows.shrink(s);
+        rescale();
+        pack();
       }
+      accumulate = true;
     }
-    if (last) find_next(item);
-    if (primed) take_turn();
-    ptx::wgmma_fence();
-    tile::multiply_values<C.element, C.head_dim_v, C.block_n>(o, p, shared.v[values.stage()], 0, !fresh);
-    ptx::wgmma_commit();
-    if (!last) find_keys();
-    ptx::wgmma_fence();
+  }
+  // Any other step within a tile.
+  __device__ __forceinline__ void masked_step() {
+    --block;
+    find_keys();
+    take_turn();
     issue_scores();
-    ptx::wgmma_commit();
-    if (primed) pass_turn();
+    shared.v_full[values.stage()].wait(values.parity());
+    issue_values();
+    pass_turn();
+    wait_scores(true);
+    prepare();
+    exponentials(true);
+    wait_values(true);
+    if (rows.outgrown()) rows.shrink(s);
+    pack();
+    if (rows.moved()) rescale();
+    accumulate = true;
   }
 
-  // All that was issued is done.
-  __device__ __forceinline__ void wait() {
-    ptx::wgmma_wait<0>();
-    tile::hold(o);
-    tile::hold(s);
-    tile::hold(p);
-  }
-
-  // o and lse of the finished tile. The scores of the next are on their way.
-  __device__ __forceinline__ void write(const WorkItem<C.consumers>& item) {
-    const int begin = item.m_begin + 64 * part + tile::this_lane().row;
-    const BlockRange range = item.part[part];
-    const bool masked = range.begin != range.full_begin || range.full_end != range.end;
+  // What is left of a tile's rows: the factor of o, and lse.
+  __device__ __forceinline__ void finish(const Item& item, float (&scale)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = begin + 8 * r;
       float sum = tile::row_sum(rows.sum[r]), max = rows.max[r], shrink = 1;
       if (params.sink) {
         const float sink = params.sink[item.head] * kLog2e, both = fmaxf(max, sink);
@@ -347,62 +454,90 @@ struct Consumer {
         sum = both == -INFINITY ? 0 : sum * shrink + ptx::exp2(sink - both);
         max = both;
       }
-      const bool inside = query < item.sequence.seqlen_q;
-      const float lse2 = sum == 0 ? -INFINITY : max + log2f(sum);
       // A sum of 0 means that nothing was visible; NaN stays NaN.
-      tile::store_row<C.element>(o, r, sum == 0 ? 0 : shrink / sum, inside ? output_row<C>(params, item, query) : nullptr,
-                                 params.head_dim_v);
-      if (inside && threadIdx.x % 4 == 0) store_lse<C>(params, item, query, lse2 * kLn2);
-      if (masked) {
-        // A value that is infinite or NaN times the 0 of a pair that is not visible is NaN: such rows are rare, and computed again.
-        float product[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i)
-          if (tile::row_of(i) == r) product[i / 4 % 4] = fmaf(o[i], 0, product[i / 4 % 4]);
-        unsigned spoilt = __ballot_sync(0xffffffff, product[0] + product[1] + product[2] + product[3] != 0 && inside && lse2 < INFINITY);
-#pragma unroll 1
-        while (uniform(static_cast<int>(spoilt)) != 0) {
-          const int lane = __ffs(static_cast<int>(spoilt)) - 1;
-          __syncwarp();  // the row has been stored
-          recompute_row<C>(params, item, __shfl_sync(0xffffffff, query, lane), __shfl_sync(0xffffffff, lse2, lane));
-          spoilt &= ~(0xfu << lane / 4 * 4);
-        }
-      }
+      scale[r] = sum == 0 ? 0 : shrink * ptx::reciprocal(sum);
+      lse[r] = sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2;
     }
+  }
+  // The finished tile, from o to shared memory, where it is stored from.
+  __device__ __forceinline__ void write(const Item& item, const float (&scale)[2], const float (&lse)[2]) {
+    const uint32_t result = item.part[part].result, slot = result % C.o_slots;
+    const int row = tile::this_lane().row;
+    shared.stored.wait(result + 1 - C.o_slots);
+    uint32_t worst = 0;
+    tile::write_fragment<kOutputs / 2>(shared.o[slot], [&](int i) {
+      const float x = scale[tile::row_of(2 * i)];
+      const uint32_t pair = ptx::pack<C.element>(o[2 * i] * x, o[2 * i + 1] * x);
+      worst = ptx::max_or_nan<C.element>(worst, pair);
+      return pair;
+    });
+    if (threadIdx.x % 4 == 0) shared.lse[slot][row] = lse[0], shared.lse[slot][row + 8] = lse[1];
+    // NaN: of a row that should be so, of one that outgrew float, or because a value that is not finite met the 0 of a pair that is not
+    // visible. Such rows are rare, and who stores them computes them anew.
+    const bool spoilt = __any_sync(0xffffffff, ptx::has_nan<C.element>(worst));
+    if (leader) shared.spoilt[slot][threadIdx.x % 128 / 32] = spoilt;
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    __syncwarp();
+    if (leader) shared.o_full[slot].arrive();
+  }
+
+  // From the last block of a tile, or none, to the first scores of the next, or none. Where there are none, the tensor cores multiply
+  // what lies at the last place and nobody looks at it: with a branch around them the compiler would not let them run while the softmax
+  // does. So too the product of no block.
+  __device__ __forceinline__ bool change_tile() {
+    const tile::Ring<kItems> finished = items;
+    const Item& item = shared.item[finished.stage()];
+    const int passed_by = behind;
+    bool more = true;
+    if (present)
+      more = enter_next();
+    else if (!enter_first())
+      return false;
+    if (more) take_turn();
+    issue_scores();
+    float scale[2], lse[2];
+    if (present) {
+      finish(item, scale, lse);
+      shared.v_full[values.stage()].wait(values.parity());
+    }
+    issue_values();
+    if (more) pass_turn();
+    rows.clear();
+    settled = false;
+    wait_scores(more);
+    prepare();
+    exponentials(more);
+    wait_values(present);
+    if (present) {
+      write(item, scale, lse);
+      if (passed_by > 0) skip_values(passed_by);
+      if (!more) {
+        skip_keys(passed_by);
+        items.advance();
+      }
+      shared.item_empty[finished.stage()].arrive();  // every lane, for what it has read
+    }
+    pack();
+    if (more && before > 0) skip_values(before);
+    accumulate = false;
+    present = more;
+    return true;
   }
 
   __device__ __forceinline__ void run() {
     if (part == C.consumers - 1) pass_turn();
     factor = C.modified ? 1.f : params.scale * kLog2e;
     for (uint32_t& x : p) x = 0;
-    while (find_work()) {
-      prime(shared.item[items.stage()]);
-      do {
-        const WorkItem<C.consumers>& item = shared.item[items.stage()];
-        const BlockRange range = item.part[part];
-        const int blocks = uniform(range.end - range.begin);
-        rows.clear();
-        skip_values(blocks_before(item));
-        for (int done = 0; done < blocks; ++done) {
-          const bool last = done + 1 == blocks;
-          const int block = range.end - 1 - done, key = block * C.block_n;
-          const bool edge = block < range.full_begin || block >= range.full_end;
-          shared.v_full[values.stage()].wait(values.parity());
-          wait();
-          shared.k_empty[values.stage()].arrive_if(leader);
-          shared.q_empty[queries.stage()][part].arrive_if(leader && last);
-          step(item, key, edge, done == 0, last);
-          ptx::wgmma_wait<1>();  // the product with the values, which was issued before the last scores
-          shared.v_empty[values.stage()].arrive_if(leader);
-          values.advance();
-        }
-        wait();
-        skip_values(blocks_behind(item));
-        if (!primed) skip_keys(blocks_behind(item));
-        queries.advance();
-        write(item);
-        release_item();
-      } while (primed);
+    block = begin = full_begin = full_end = before = behind = q_stage = k_stage = 0;
+    accumulate = present = false;
+    while (change_tile()) {
+      while (present && block > begin) {
+        const int plain = block <= full_end ? block - max_of(full_begin, begin) : 0;
+        if (!C.modified && plain > 0)
+          plain_steps(plain);
+        else
+          masked_step();
+      }
     }
   }
 };
@@ -421,6 +556,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) forward_sm90(const 
     if (warp == 0) load_queries<C>(params, shared);
     if (warp == 1) load_keys<C>(params, shared, shared.k, params.k_map, shared.k_full, shared.k_empty);
     if (warp == 2) load_keys<C>(params, shared, shared.v, params.v_map, shared.v_full, shared.v_empty);
+    if (warp == 3) store_tiles<C>(params, shared);
   } else {
     ptx::take_registers<C.consumer_registers()>();
     Consumer<C> consumer{params, shared, uniform(static_cast<int>(threadIdx.x) / 128 - 1)};

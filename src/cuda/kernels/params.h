@@ -14,14 +14,15 @@ struct ForwardConfig {
   int head_dim, head_dim_v;  // largest; smaller ones are filled with zeros
   int consumers;             // warpgroups of 64 queries
   int block_n;               // keys in a block
-  int stages;                // of the ring of keys and of the ring of values
-  int q_slots;               // tiles of queries in shared memory per warpgroup
-  bool in_turn;              // warpgroups issue their products one after the other
+  int k_stages, v_stages;    // blocks of keys and of values in shared memory
+  int q_slots;               // places for 64 queries in shared memory
+  int o_slots;               // and for finished tiles
   bool modified = false;     // softcap or ALiBi
   TW_HD constexpr int block_m() const { return 64 * consumers; }
   TW_HD constexpr int threads() const { return 128 * (consumers + 1); }
-  TW_HD constexpr int consumer_registers() const { return consumers == 2 ? 232 : 160; }
-  TW_HD constexpr int loader_registers() const { return consumers == 2 ? 40 : 32; }
+  // Of the registers that a CTA gets, as many as its warps can have alike, the loaders leave to the consumers what they do without.
+  TW_HD constexpr int consumer_registers() const { return consumers == 2 ? 224 : consumers == 3 ? 160 : 112; }
+  TW_HD constexpr int loader_registers() const { return consumers == 2 ? 56 : consumers == 3 ? 32 : 24; }
 };
 
 // A tensor of 16-bit elements for plain loads and stores; strides in elements.
@@ -31,7 +32,7 @@ struct Elements {
 };
 
 struct ForwardParams {
-  CUtensorMap q_map, k_map, v_map;  // as tile/load.cuh reads them
+  CUtensorMap q_map, k_map, v_map, o_map;  // as tile/load.cuh says
   Elements q, k, v, o;
   float* lse;  // null: not wanted
   long long lse_batch, lse_head;

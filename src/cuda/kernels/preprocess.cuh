@@ -5,7 +5,7 @@
 #include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/fragment.cuh"
-#include "cuda/tile/store.cuh"
+#include "cuda/tile/store_row.cuh"
 
 namespace tilewise {
 

@@ -22,7 +22,15 @@ struct WorkItem {
   int batch, head, m_begin;
   Sequence sequence;
   Band band;
-  BlockRange all, part[kParts];  // key blocks that the tile, and each warpgroup's 64 rows of it, see
+  int blocks_begin, blocks_end;  // key blocks that the tile sees
+  // What a warpgroup's 64 rows see of them.
+  struct alignas(16) Part {
+    int begin, full_begin, full_end, end;  // as in BlockRange
+    int before, behind;                    // blocks of the tile to the right and to the left
+    int q_place;                           // where its queries are: a position of the ring
+    uint32_t result;                       // its finished tile is the CTA's n-th
+    __device__ __forceinline__ bool empty() const { return begin >= end; }
+  } part[kParts];
 };
 
 // Walks this CTA's tiles; all 32 lanes of one warp call it together.
@@ -120,8 +128,24 @@ struct Schedule {
     // Lane i has part i, the lane after them the whole tile.
     const int begin = m_begin + (lane < kParts ? 64 * lane : 0), end = min_of(begin + (lane < kParts ? 64 : kBlockM), band.seqlen_q);
     const BlockRange range = begin < end ? kv_blocks(band, begin, end, block_n) : BlockRange{0, 0, 0, 0};
-    if (lane <= kParts) (lane < kParts ? item.part[lane] : item.all) = range;
-    if (lane == 0) item.valid = true;
+    const int all_begin = __shfl_sync(0xffffffff, range.begin, kParts), all_end = __shfl_sync(0xffffffff, range.end, kParts);
+    if (lane < kParts) {
+      const bool any = range.begin < range.end;
+      item.part[lane] = {range.begin,
+                         range.full_begin,
+                         range.full_end,
+                         range.end,
+                         all_end - (any ? range.end : all_begin),
+                         any ? range.begin - all_begin : 0,
+                         0,
+                         0};
+    }
+    if (lane == 0) {
+      item.blocks_begin = all_begin;
+      item.blocks_end = all_end;
+      item.valid = true;
+    }
+    __syncwarp();
     return true;
   }
 };

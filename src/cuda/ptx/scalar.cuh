@@ -14,6 +14,17 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to nearest, `low` in the low half.
 template <Element kElement>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -65,6 +76,27 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 
 // What this thread has written to shared memory is seen by tensor cores and the copy engine after the next barrier.
 __device__ __forceinline__ void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Of each half the larger, or NaN where either is.
+template <Element kElement>
+__device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b) {
+  uint32_t c;
+  if constexpr (kElement == Element::kBFloat16)
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  else
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+template <Element kElement>
+__device__ __forceinline__ bool has_nan(uint32_t pair) {
+  constexpr uint32_t kInfinity = kElement == Element::kBFloat16 ? 0x7f80 : 0x7c00;
+  return (pair & 0x7fff) > kInfinity || (pair >> 16 & 0x7fff) > kInfinity;
+}
+
+// Four 8 x 8 matrices of 16-bit elements in fragments (tile/fragment.cuh) to shared memory; lane 8 i + j names the row j of matrix i.
+__device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
 
 // Registers per thread of this warpgroup from here on; all of its warps execute it once, at the top of their role.
 template <int kRegisters>

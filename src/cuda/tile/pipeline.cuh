@@ -35,14 +35,27 @@ struct Barrier {
   }
 };
 
-// One register, which counts.
+// A number that one thread raises and others wait for. Unlike a barrier's phase it may be two steps behind.
+struct Counter {
+  uint32_t value;
+  __device__ __forceinline__ uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&value)); }
+  __device__ __forceinline__ void set(uint32_t x) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address()), "r"(x) : "memory");
+  }
+  __device__ __forceinline__ void wait(uint32_t least) const {
+    uint32_t now;
+    do asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(now) : "r"(address()) : "memory");
+    while (static_cast<int>(now - least) < 0);
+  }
+};
+
+// One register, which counts two rounds of the ring.
 template <int kStages>
 struct Ring {
-  static_assert((kStages & (kStages - 1)) == 0, "a power of two: the loop over keys waits for this arithmetic");
   int position = 0;
-  __device__ __forceinline__ int stage() const { return position & (kStages - 1); }
-  __device__ __forceinline__ uint32_t parity() const { return position / kStages & 1; }
-  __device__ __forceinline__ void advance(int count = 1) { position = (position + count) & (2 * kStages - 1); }
+  __device__ __forceinline__ int stage() const { return position < kStages ? position : position - kStages; }
+  __device__ __forceinline__ uint32_t parity() const { return position >= kStages; }
+  __device__ __forceinline__ void advance() { position = position + 1 == 2 * kStages ? 0 : position + 1; }
   __device__ __forceinline__ Ring next() const {
     Ring ring = *this;
     ring.advance();

@@ -1,8 +1,9 @@
 // Online softmax over one block of scores in registers, two rows a thread (fragment.cuh). Everything is in powers of two.
 //
 // A row's state is (max, sum) with the meaning sum_j 2^(s_j - max) so far. `max` need not be the largest score: any value that keeps
-// 2^(s - max) inside float and the operand type gives the same quotients o / sum, rounded alike. So a block is first tried with the old
-// max, which needs no maximum over its scores, and the partial sums tell whether that was allowed.
+// 2^(s - max) inside float and the operand type gives the same quotients o / sum, rounded alike. So a block is taken with the old max,
+// which needs no maximum over its scores; where the block's sum shows that a row has outgrown it, the exponentials, not the scores, are
+// scaled down. Only a row that grows by more than 2^117 within one block overflows: its sum then is infinite, and stays so.
 #pragma once
 
 #include "core/mask.h"
@@ -10,14 +11,6 @@
 #include "cuda/tile/fragment.cuh"
 
 namespace tilewise::tile {
-
-struct Rows {
-  float max[2], sum[2];  // sum: of this thread's columns only, until total()
-  __device__ __forceinline__ void clear() {
-    max[0] = max[1] = -INFINITY;
-    sum[0] = sum[1] = 0;
-  }
-};
 
 // Four of a row's threads sum or compare to one value.
 __device__ __forceinline__ float row_max(float x) {
@@ -29,77 +22,112 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// p = 2^(s * factor - shift), packed, and its sums of each row in this thread.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void exponentials(const float (&s)[kCount], float factor, const float (&shift)[2], uint32_t (&p)[kCount / 2],
-                                             float (&sum)[2]) {
-  float even[2] = {0, 0}, odd[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
-    const int r = row_of(i);
-    const float x = ptx::exp2(fmaf(s[i], factor, -shift[r])), y = ptx::exp2(fmaf(s[i + 1], factor, -shift[r]));
-    even[r] += x;
-    odd[r] += y;
-    p[i / 2] = ptx::pack<kElement>(x, y);
-  }
-  sum[0] = even[0] + odd[0];
-  sum[1] = even[1] + odd[1];
-}
-
-// The largest sum of a block with an old max: far from float16's 65504 and from overflow of o.
-constexpr float kLargestStaleSum = 1024;
-
-// Adds a block under the old max. False: some row of this warp outgrew it (or met a NaN) and nothing has been added.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ bool add_block_stale(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2]) {
-  float sum[2];
-  exponentials<kElement>(s, factor, rows.max, p, sum);
-  if (__any_sync(0xffffffff, !(sum[0] + sum[1] <= kLargestStaleSum))) return false;
-  rows.sum[0] += sum[0];
-  rows.sum[1] += sum[1];
-  return true;
-}
-
-// Adds a block under the true maximum so far, for a factor above 0; `rescale` is what o must be multiplied by before the block's values are
-// added.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void add_block_exact(Rows& rows, const float (&s)[kCount], float factor, uint32_t (&p)[kCount / 2],
-                                                float (&rescale)[2]) {
-  float shift[2], sum[2], even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
+template <int kCount>
+__device__ __forceinline__ void row_maxima(const float (&s)[kCount], float (&max)[2]) {
+  float even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
     even[row_of(i)] = fmaxf(even[row_of(i)], s[i]);
     odd[row_of(i)] = fmaxf(odd[row_of(i)], s[i + 1]);
   }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float max = fmaxf(rows.max[r], row_max(fmaxf(even[r], odd[r])) * factor);
-    shift[r] = max == -INFINITY ? 0 : max;  // nothing visible yet: every 2^(-inf - 0) is 0
-    rescale[r] = ptx::exp2(rows.max[r] - shift[r]);
-    rows.max[r] = max;
-  }
-  exponentials<kElement>(s, factor, shift, p, sum);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) rows.sum[r] = rows.sum[r] * rescale[r] + sum[r];
+  max[0] = row_max(fmaxf(even[0], odd[0]));
+  max[1] = row_max(fmaxf(even[1], odd[1]));
 }
+
+// The largest sum of a block with an old max: far from float16's 65504 and from overflow of o.
+constexpr float kLargestStaleSum = 1024;
+
+// A block goes through raise() if it must, exponentials(), and, where then outgrown(), shrink().
+struct Rows {
+  float max[2], sum[2];  // sum: of this thread's columns only
+  float shift[2];        // max, or 0 where nothing is visible yet: every 2^(-inf - 0) is 0
+  float rescale[2];      // of the last block: what o must be multiplied by before the block's values are added
+  float block_sum[4];    // of the last block: even and odd columns of both rows
+
+  __device__ __forceinline__ void clear() {
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
+  }
+
+  // Takes the true maximum so far, for a factor above 0. True: every row of this warp has met a key, and its max may be kept.
+  template <int kCount>
+  __device__ __forceinline__ bool raise(const float (&s)[kCount], float factor) {
+    float largest[2];
+    row_maxima(s, largest);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float now = fmaxf(max[r], largest[r] * factor);
+      shift[r] = now == -INFINITY ? 0 : now;
+      rescale[r] = ptx::exp2(max[r] - shift[r]);
+      max[r] = now;
+      sum[r] *= rescale[r];
+    }
+    return __all_sync(0xffffffff, max[0] > -INFINITY && max[1] > -INFINITY);
+  }
+
+  // Keeps the old max.
+  __device__ __forceinline__ void keep() { rescale[0] = rescale[1] = 1; }
+
+  // s = 2^(s * factor - shift) for the scores from kBegin to kEnd, and their sums.
+  template <int kBegin, int kEnd, int kCount>
+  __device__ __forceinline__ void exponentials(float (&s)[kCount], float factor) {
+    if constexpr (kBegin == 0) block_sum[0] = block_sum[1] = block_sum[2] = block_sum[3] = 0;
+#pragma unroll
+    for (int i = kBegin; i < kEnd; ++i) {
+      s[i] = ptx::exp2(fmaf(s[i], factor, -shift[row_of(i)]));
+      block_sum[i & 3] += s[i];
+    }
+    if constexpr (kEnd == kCount) {
+      sum[0] += block_sum[0] + block_sum[1];
+      sum[1] += block_sum[2] + block_sum[3];
+    }
+  }
+
+  // The sum of the last block so far, of both rows.
+  __device__ __forceinline__ float total() const { return block_sum[0] + block_sum[1] + block_sum[2] + block_sum[3]; }
+
+  // Whether a sum of the last block is too large, or NaN, in any row of this warp.
+  __device__ __forceinline__ bool outgrown() const { return __any_sync(0xffffffff, !(total() <= kLargestStaleSum)); }
+
+  // Brings rows of exponentials above 1 back to at most 1.
+  template <int kCount>
+  __device__ __forceinline__ void shrink(float (&s)[kCount]) {
+    float largest[2];
+    row_maxima(s, largest);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Consistent with the max as it is rounded.
+      const float now = largest[r] > 1 && largest[r] < INFINITY ? shift[r] + log2f(largest[r]) : shift[r];
+      largest[r] = ptx::exp2(shift[r] - now);
+      sum[r] *= largest[r];
+      rescale[r] *= largest[r];
+      if (max[r] > -INFINITY) max[r] = shift[r] = now;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) s[i] *= largest[row_of(i)];
+  }
+
+  // Whether o must be rescaled in any row of this warp.
+  __device__ __forceinline__ bool moved() const { return __any_sync(0xffffffff, rescale[0] != 1 || rescale[1] != 1); }
+};
 
 // Scores of pairs that are not visible become -inf. `query` is this thread's first row, `key` the block's first key.
 template <int kCount>
 __device__ __forceinline__ void mask_block(float (&s)[kCount], const Band& band, int query, int key) {
-  const int column = key + this_lane().column;
-  int begin[2], end[2];
+  // Of the kCount / 2 columns that a thread has in a row, two in every 8, those below `column`; as bits, which the compiler can move to
+  // predicates together.
+  const auto below = [&](int column) {
+    const int c = min_of(max_of(column - this_lane().column, 0), 4 * kCount);
+    const int count = c / 8 * 2 + min_of(c % 8, 2);
+    return count >= 32 ? 0xffffffffu : (1u << count) - 1;
+  };
+  static_assert(kCount <= 64);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    begin[r] = first_key(band, query + 8 * r) - column;
-    end[r] = end_key(band, query + 8 * r) - column;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (column_of(i) >= end[row_of(i)]) s[i] = -INFINITY;
-  if (__any_sync(0xffffffff, begin[1] > 0)) {  // the left edge of a window
+    const uint32_t seen = below(end_key(band, query + 8 * r) - key) & ~below(first_key(band, query + 8 * r) - key);
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (column_of(i) < begin[row_of(i)]) s[i] = -INFINITY;
+      if (row_of(i) == r && !(seen >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
   }
 }
 

@@ -15,6 +15,14 @@ struct alignas(1024) Tile {
   static constexpr int kBytes = kPanels * kPanelBytes;
   static_assert(kRows % 8 == 0, "the swizzle spans 8 rows");
   unsigned char bytes[kBytes];
+
+  // Where the 16 bytes with an element of 16 bits are, and the element.
+  __device__ __forceinline__ static constexpr int offset(int row, int unit) {
+    return unit / 8 * kPanelBytes + row * 128 + ((unit ^ row) % 8) * 16;
+  }
+  __device__ __forceinline__ uint16_t& at(int row, int column) {
+    return reinterpret_cast<uint16_t*>(bytes + offset(row, column / 8))[column % 8];
+  }
 };
 
 // The low half of a wgmma operand's name: where it starts and the bytes from its first 64 columns to the next 64. Adding bytes / 16

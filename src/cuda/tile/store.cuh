@@ -1,42 +1,38 @@
-// Rows of accumulators to global memory, 16 bytes a thread.
+// A tile of results from registers to shared memory, and from there to global memory by the copy engine.
 #pragma once
+
+#include <cuda/ptx>
 
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/fragment.cuh"
+#include "cuda/tile/shared.cuh"
 
 namespace tilewise::tile {
 
-// The four threads of a row hold a 4 x 4 of 32-bit pairs: thread t has pair t of four runs of 8 columns. Afterwards it has run t whole.
-__device__ __forceinline__ void transpose4(uint32_t (&x)[4], int t) {
+// Writes a warpgroup's 64-row fragment, whose kPairs packed pairs `pair` gives. The copy engine may read it after a fence of each thread.
+template <int kPairs, class T, class Pair>
+__device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
+  static_assert(T::kRows == 64 && kPairs % 4 == 0 && kPairs * 4 <= T::kColumns);
+  const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane % 16;
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(tile.bytes));
 #pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = t & bit;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const int a = bit == 1 ? 2 * pair : pair, b = a + bit;
-      const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? x[a] : x[b], bit);
-      x[a] = upper ? received : x[a];
-      x[b] = upper ? x[b] : received;
-    }
-  }
+  for (int block = 0; block < kPairs / 4; ++block)  // of 16 columns: lanes 0 to 15 name the rows of the first 8, the others of the next
+    ptx::store_matrices(base + T::offset(row, 2 * block + lane / 16), pair(4 * block), pair(4 * block + 1), pair(4 * block + 2),
+                        pair(4 * block + 3));
 }
 
-// Writes row r (0 or 1) of this thread's fragment, times `factor`, as kElement. `row` points to the row's first column; null: not written.
-template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
+// The rows of one sequence and head that are its own, from a tile to global memory, by a map as load.cuh describes it. One thread; the
+// tile may be written again when wait_stored() returns.
+template <class T>
+__device__ __forceinline__ void store_rows(const T& tile, const void* map, long long row, int valid_rows, int head, int batch) {
+  const int valid = valid_rows < T::kRows ? valid_rows : T::kRows;
 #pragma unroll
-  for (int group = 0; group < kCount / 16; ++group) {
-    uint32_t run[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int i = 16 * group + 4 * j + 2 * r;
-      run[j] = ptx::pack<kElement>(x[i] * factor, x[i + 1] * factor);
-    }
-    transpose4(run, t);
-    const int column = 32 * group + 8 * t;
-    if (row && column < columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(run[0], run[1], run[2], run[3]);
+  for (int panel = 0; panel < T::kPanels; ++panel) {
+    const int32_t at[5] = {panel * 64, T::kRows - valid, static_cast<int>(row) + valid, head, batch};
+    ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_global, ::cuda::ptx::space_shared, map, at, tile.bytes + panel * T::kPanelBytes);
   }
+  ::cuda::ptx::cp_async_bulk_commit_group();
 }
+__device__ __forceinline__ void wait_stored() { ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{}); }
 
 }  // namespace tilewise::tile

@@ -1,0 +1,344 @@
+// tilewise._core: the public C++ API for Python. Python allocates outputs with the caller's own framework; here a tensor is an address
+// with a shape, read from any DLPack exporter or from a plain tuple, and nothing is copied.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "tilewise/explain.hpp"
+#include "tilewise/memory.hpp"
+#include "tilewise/tilewise.h"
+#include "tilewise/tilewise.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tilewise {
+namespace {
+
+// The library's sentence as the exception that Python programmers expect.
+void check(const Status& status) {
+  switch (status.code()) {
+    case StatusCode::kOk:
+      return;
+    case StatusCode::kInvalidArgument:
+      throw nb::value_error(status.message().c_str());
+    case StatusCode::kUnsupported:
+      PyErr_SetString(PyExc_NotImplementedError, status.message().c_str());
+      break;
+    case StatusCode::kUnavailable:
+      PyErr_SetString(PyExc_RuntimeError, status.message().c_str());
+      break;
+  }
+  throw nb::python_error();
+}
+
+template <class T>
+T value(Result<T> result) {
+  check(result.status());
+  return *std::move(result);
+}
+
+// DLPack's device types, and what they are to us: pinned memory is the host's, managed memory the GPU's.
+constexpr int kDLCPU = 1, kDLCUDA = 2, kDLCUDAHost = 3, kDLCUDAManaged = 13;
+
+struct Place {
+  DeviceType type = DeviceType::kCpu;
+  int index = 0;
+  bool operator==(const Place&) const = default;
+  std::string name() const { return type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(index); }
+};
+
+Place place_of(const std::string& name, int device_type, int index) {
+  if (device_type == kDLCPU || device_type == kDLCUDAHost) return {};
+  if (device_type == kDLCUDA || device_type == kDLCUDAManaged) return {DeviceType::kCuda, index};
+  throw nb::value_error(
+      (name + " is on a device of DLPack type " + std::to_string(device_type) + ", which is neither a CPU nor CUDA").c_str());
+}
+
+[[noreturn]] void wrong_dtype(const std::string& name, const std::string& dtype) {
+  PyErr_SetString(PyExc_TypeError,
+                  (name + " has dtype " + dtype + ", which is none of float32, bfloat16, float16 and (lengths only) int32").c_str());
+  throw nb::python_error();
+}
+
+DataType dtype_of(const std::string& name, nb::dlpack::dtype dtype) {
+  using Code = nb::dlpack::dtype_code;
+  const auto is = [&](Code code, int bits) { return dtype.code == static_cast<uint8_t>(code) && dtype.bits == bits && dtype.lanes == 1; };
+  if (is(Code::Float, 32)) return DataType::kFloat32;
+  if (is(Code::Bfloat, 16)) return DataType::kBFloat16;
+  if (is(Code::Float, 16)) return DataType::kFloat16;
+  if (is(Code::Int, 32)) return DataType::kInt32;
+  const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  wrong_dtype(name, (dtype.code < std::size(kinds) ? kinds[dtype.code] : "type " + std::to_string(dtype.code) + " of ") +
+                        std::to_string(dtype.bits));
+}
+
+struct Tensor {
+  TensorView view;
+  Place place;
+  nb::ndarray<nb::ro> owner;  // keeps what a DLPack exporter lent
+};
+
+void set_shape(const std::string& name, TensorView& view, size_t rank, auto&& shape, auto&& stride) {
+  if (rank > view.shape.size()) throw nb::value_error((name + " has " + std::to_string(rank) + " dimensions, more than 4").c_str());
+  view.rank = static_cast<int>(rank);
+  for (size_t i = 0; i < rank; ++i) view.shape[i] = shape(i), view.stride[i] = stride(i);
+}
+
+// PyTorch's classes, told by tilewise.torch when it is imported: this module knows no framework by itself.
+struct Torch {
+  nb::object tensor_type;
+  std::vector<std::pair<nb::object, DataType>> dtypes;
+};
+Torch& torch() {
+  static Torch& instance = *new Torch;  // never destroyed: the interpreter may go before this library
+  return instance;
+}
+
+// Read by attributes: PyTorch's own DLPack export refuses tensors that require gradients, waits for streams, and takes microseconds.
+Tensor tensor_of_torch(const std::string& name, nb::handle source) {
+  Tensor tensor;
+  const nb::object dtype = source.attr("dtype"), shape = source.attr("shape"), stride = source.attr("stride")();
+  const auto known = std::find_if(torch().dtypes.begin(), torch().dtypes.end(), [&](const auto& entry) { return entry.first.is(dtype); });
+  if (known == torch().dtypes.end()) wrong_dtype(name, nb::cast<std::string>(nb::str(dtype)));
+  const int index = nb::cast<int>(source.attr("get_device")());
+  if (index >= 0 && !nb::cast<bool>(source.attr("is_cuda"))) {
+    throw nb::value_error(
+        (name + " is on device " + nb::cast<std::string>(nb::str(source.attr("device"))) + ", which is neither a CPU nor CUDA").c_str());
+  }
+  tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(source.attr("data_ptr")()));
+  tensor.view.dtype = known->second;
+  if (index >= 0) tensor.place = {DeviceType::kCuda, index};
+  set_shape(
+      name, tensor.view, nb::len(shape), [&](size_t i) { return nb::cast<int64_t>(shape[i]); },
+      [&](size_t i) { return nb::cast<int64_t>(stride[i]); });
+  return tensor;
+}
+
+// None; a PyTorch tensor; (address, DataType, DLPack device type, device index, shape, strides in elements); or an object that speaks
+// DLPack. The tuple is for NumPy, whose DLPack export knows neither read-only memory nor bfloat16.
+Tensor tensor_of(const std::string& name, nb::handle source) {
+  Tensor tensor;
+  if (source.is_none()) return tensor;
+  if (torch().tensor_type.is_valid() && PyObject_IsInstance(source.ptr(), torch().tensor_type.ptr()) == 1)
+    return tensor_of_torch(name, source);
+  if (nb::isinstance<nb::tuple>(source)) {
+    const auto fields = nb::borrow<nb::tuple>(source);
+    if (fields.size() != 6) throw nb::value_error((name + " is a tuple of " + std::to_string(fields.size()) + " fields, not 6").c_str());
+    const auto shape = nb::cast<nb::tuple>(fields[4]), stride = nb::cast<nb::tuple>(fields[5]);
+    tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(fields[0]));
+    tensor.view.dtype = static_cast<DataType>(nb::cast<int32_t>(fields[1]));
+    tensor.place = place_of(name, nb::cast<int>(fields[2]), nb::cast<int>(fields[3]));
+    set_shape(
+        name, tensor.view, shape.size(), [&](size_t i) { return nb::cast<int64_t>(shape[i]); },
+        [&](size_t i) { return nb::cast<int64_t>(stride[i]); });
+    return tensor;
+  }
+  if (!nb::try_cast(source, tensor.owner)) {
+    PyErr_SetString(PyExc_TypeError, (name + " is a " + nb::cast<std::string>(nb::str(source.type())) +
+                                      ", not an array: NumPy, PyTorch and everything with __dlpack__ will do")
+                                         .c_str());
+    throw nb::python_error();
+  }
+  const auto& array = tensor.owner;
+  tensor.view.data = const_cast<void*>(static_cast<const void*>(array.data()));
+  tensor.view.dtype = dtype_of(name, array.dtype());
+  tensor.place = place_of(name, array.device_type(), array.device_id());
+  set_shape(
+      name, tensor.view, array.ndim(), [&](size_t i) { return static_cast<int64_t>(array.shape(i)); },
+      [&](size_t i) { return array.stride(i); });
+  return tensor;
+}
+
+Device device_of(const Place& place, int threads) {
+  return place.type == DeviceType::kCpu ? Device::cpu(threads) : value(Device::cuda(place.index));
+}
+
+// One attention: the plan for its inputs, waiting for its outputs. Python makes it, allocates what it asks for, and runs it.
+class Call {
+ public:
+  Call(Pass pass, nb::handle q, nb::handle k, nb::handle v, nb::handle cu_seqlens_q, nb::handle cu_seqlens_k, nb::handle seqused_k,
+       nb::handle alibi_slopes, nb::handle sink, std::optional<float> softmax_scale, float softcap, int64_t window_left,
+       int64_t window_right, bool top_left, int64_t max_seqlen_q, int64_t max_seqlen_k, bool deterministic, int threads) {
+    Options options;
+    arguments_.q = take("q", q);
+    place_ = inputs_.front().place;
+    arguments_.k = take("k", k);
+    arguments_.v = take("v", v);
+    options.cu_seqlens_q = arguments_.cu_seqlens_q = take("cu_seqlens_q", cu_seqlens_q);
+    options.cu_seqlens_k = arguments_.cu_seqlens_k = take("cu_seqlens_k", cu_seqlens_k);
+    options.seqused_k = arguments_.seqused_k = take("seqused_k", seqused_k);
+    options.alibi_slopes = arguments_.alibi_slopes = take("alibi_slopes", alibi_slopes);
+    options.sink = arguments_.sink = take("sink", sink);
+    options.device = device_of(place_, threads);
+    options.softmax_scale = softmax_scale;
+    options.softcap = softcap;
+    options.window_left = window_left;
+    options.window_right = window_right;
+    options.alignment = top_left ? Alignment::kTopLeft : Alignment::kBottomRight;
+    options.max_seqlen_q = max_seqlen_q;
+    options.max_seqlen_k = max_seqlen_k;
+    options.deterministic = deterministic;
+    plan_ = value(Plan::make(value(describe(pass, arguments_.q, arguments_.k, arguments_.v, options)), options.device));
+  }
+
+  void run(nb::handle o, nb::handle lse, nb::handle do_, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dsink,
+           uintptr_t workspace, uintptr_t stream) {
+    Arguments arguments = arguments_;
+    arguments.o = take("o", o);
+    arguments.lse = take("lse", lse);
+    arguments.do_ = take("do", do_);
+    arguments.dlse = take("dlse", dlse);
+    arguments.dq = take("dq", dq);
+    arguments.dk = take("dk", dk);
+    arguments.dv = take("dv", dv);
+    arguments.dsink = take("dsink", dsink);
+    Buffer own;
+    if (!workspace && plan_.workspace_bytes()) {
+      own = value(Buffer::make(plan_.device(), plan_.workspace_bytes()));
+      workspace = reinterpret_cast<uintptr_t>(own.data());
+    }
+    arguments.workspace = reinterpret_cast<void*>(workspace);
+    Status status;
+    {
+      const nb::gil_scoped_release released;
+      status = plan_.run(arguments, reinterpret_cast<Stream>(stream));
+      if (own.data() && status.ok()) status = synchronize(plan_.device());  // before its memory goes
+    }
+    check(status);
+  }
+
+  const Plan& plan() const { return plan_; }
+
+ private:
+  TensorView take(const char* name, nb::handle source) {
+    Tensor tensor = tensor_of(name, source);
+    if (source.is_none()) return {};
+    if (!inputs_.empty() && tensor.place != place_) {
+      throw nb::value_error((std::string(name) + " is on " + tensor.place.name() + ", but q is on " + place_.name()).c_str());
+    }
+    inputs_.push_back(std::move(tensor));
+    return inputs_.back().view;
+  }
+
+  Place place_;
+  std::vector<Tensor> inputs_;
+  Arguments arguments_;
+  Plan plan_;
+};
+
+nb::ndarray<nb::array_api> empty(const std::vector<size_t>& shape, DataType dtype, int device_type, int device_index) {
+  using Code = nb::dlpack::dtype_code;
+  size_t elements = 1;
+  for (const size_t extent : shape) elements *= extent;
+  const uint8_t bits = dtype == DataType::kFloat32 || dtype == DataType::kInt32 ? 32 : 16;
+  const Code code = dtype == DataType::kBFloat16 ? Code::Bfloat : dtype == DataType::kInt32 ? Code::Int : Code::Float;
+  auto* buffer = new Buffer(value(Buffer::make(device_of(place_of("the result", device_type, device_index), 0), elements * bits / 8)));
+  const nb::capsule owner(buffer, [](void* p) noexcept { delete static_cast<Buffer*>(p); });
+  return nb::ndarray<nb::array_api>(buffer->data(), shape.size(), shape.data(), owner, nullptr, {static_cast<uint8_t>(code), bits, 1},
+                                    device_type, device_index);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "Exact attention: the C++ API that the rest of the package is built on.";
+  m.attr("__version__") = tw_version();
+
+  nb::enum_<Pass>(m, "Pass").value("FORWARD", Pass::kForward).value("BACKWARD", Pass::kBackward);
+  nb::enum_<DataType>(m, "DataType", nb::is_arithmetic())
+      .value("FLOAT32", DataType::kFloat32)
+      .value("BFLOAT16", DataType::kBFloat16)
+      .value("FLOAT16", DataType::kFloat16)
+      .value("INT32", DataType::kInt32);
+
+  nb::class_<Device>(m, "Device", "A processor that attention can run on.")
+      .def_static("cpu", &Device::cpu, "threads"_a = 0, "This machine's CPU; 0 threads: OMP_NUM_THREADS, or every core.")
+      .def_static(
+          "cuda", [](int index) { return value(Device::cuda(index)); }, "index"_a = 0, "An NVIDIA GPU; RuntimeError without one.")
+      .def_prop_ro("type", [](const Device& d) { return d.type == DeviceType::kCpu ? "cpu" : "cuda"; })
+      .def_ro("index", &Device::index)
+      .def_ro("name", &Device::name)
+      .def_ro("arch", &Device::arch, "The best instruction set: 'avx512', 'avx2', 'sse4', 'neon', 'sm_90'.")
+      .def_ro("units", &Device::units, "Threads of a CPU, multiprocessors of a GPU.")
+      .def_ro("desk_bytes", &Device::desk_bytes, "Fast memory of one unit: L2 cache of a core, shared memory of a multiprocessor.")
+      .def_ro("memory_bytes", &Device::memory_bytes)
+      .def("__repr__", [](const Device& d) {
+        return "<Device " + std::string(d.type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(d.index)) + " " + d.name + ", " +
+               d.arch + ", " + std::to_string(d.units) + (d.type == DeviceType::kCpu ? " threads>" : " multiprocessors>");
+      });
+
+  nb::class_<Candidate>(m, "Candidate", "A kernel that was considered.")
+      .def_ro("name", &Candidate::name)
+      .def_ro("refusal", &Candidate::refusal, "Why it cannot take the problem; empty where it can.")
+      .def("__repr__", [](const Candidate& c) { return "<" + c.name + (c.refusal.empty() ? ">" : ": " + c.refusal + ">"); });
+
+  nb::class_<Explanation>(m, "Explanation", "What a plan will do, counted from the mask, block by block.")
+      .def_ro("kernel", &Explanation::kernel)
+      .def_ro("candidates", &Explanation::candidates)
+      .def_prop_ro(
+          "block_m", [](const Explanation& e) { return e.tiles.block_m; }, "Query rows of a tile.")
+      .def_prop_ro(
+          "block_n", [](const Explanation& e) { return e.tiles.block_n; }, "Keys of a tile.")
+      .def_ro("work_items", &Explanation::work_items)
+      .def_ro("full_tiles", &Explanation::full_tiles)
+      .def_ro("masked_tiles", &Explanation::masked_tiles)
+      .def_ro("skipped_tiles", &Explanation::skipped_tiles)
+      .def_ro("flops", &Explanation::flops, "Useful work: visible pairs of query and key only.")
+      .def_ro("flash_bytes", &Explanation::flash_bytes, "Traffic with the machine's memory.")
+      .def_ro("standard_bytes", &Explanation::standard_bytes, "What standard attention would move.")
+      .def_ro("workspace_bytes", &Explanation::workspace_bytes)
+      .def_ro("flash_extra_bytes", &Explanation::flash_extra_bytes, "Memory beyond the tensors.")
+      .def_ro("standard_extra_bytes", &Explanation::standard_extra_bytes)
+      .def_ro("intensity", &Explanation::intensity, "flops / flash_bytes.")
+      .def("__repr__", [](const Explanation& e) {
+        std::string text = "kernel " + e.kernel + ", tiles of " + std::to_string(e.tiles.block_m) + " x " +
+                           std::to_string(e.tiles.block_n) + ": " + std::to_string(e.full_tiles) + " full, " +
+                           std::to_string(e.masked_tiles) + " masked, " + std::to_string(e.skipped_tiles) + " skipped";
+        for (const Candidate& c : e.candidates)
+          if (!c.refusal.empty()) text += "\n  not " + c.name + ": " + c.refusal;
+        return text;
+      });
+
+  nb::class_<Call>(m, "Call", "One attention: planned from its inputs, then run on outputs that the caller allocates.")
+      .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
+                    std::optional<float>, float, int64_t, int64_t, bool, int64_t, int64_t, bool, int>(),
+           "pass_"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "cu_seqlens_q"_a.none(), "cu_seqlens_k"_a.none(), "seqused_k"_a.none(),
+           "alibi_slopes"_a.none(), "sink"_a.none(), "softmax_scale"_a.none(), "softcap"_a, "window_left"_a, "window_right"_a, "top_left"_a,
+           "max_seqlen_q"_a, "max_seqlen_k"_a, "deterministic"_a, "threads"_a)
+      .def("run", &Call::run, "o"_a.none(), "lse"_a.none(), "do"_a.none() = nb::none(), "dlse"_a.none() = nb::none(),
+           "dq"_a.none() = nb::none(), "dk"_a.none() = nb::none(), "dv"_a.none() = nb::none(), "dsink"_a.none() = nb::none(),
+           "workspace"_a = 0, "stream"_a = 0)
+      .def_prop_ro("kernel", [](const Call& call) { return std::string(call.plan().kernel()); })
+      .def_prop_ro("problem", [](const Call& call) { return call.plan().problem().to_string(); })
+      .def_prop_ro("workspace_bytes", [](const Call& call) { return call.plan().workspace_bytes(); });
+
+  m.def(
+      "use_torch",
+      [](nb::object tensor_type, nb::dict dtypes) {
+        torch().tensor_type = std::move(tensor_type);
+        torch().dtypes.clear();
+        for (auto [dtype, ours] : dtypes) torch().dtypes.emplace_back(nb::borrow(dtype), nb::cast<DataType>(ours));
+      },
+      "tensor_type"_a, "dtypes"_a, "Tells what PyTorch's tensors are: torch.Tensor, and DataType by torch.dtype.");
+  m.def("empty", &empty, "shape"_a, "dtype"_a, "device_type"_a, "device_index"_a, "Memory of a device as an array that speaks DLPack.");
+  m.def(
+      "synchronize", [](int index) { check(synchronize(value(Device::cuda(index)))); }, "index"_a, "Waits for a CUDA device.");
+  m.def("devices", &Device::all, "Every processor that attention can run on here: the CPU, then the NVIDIA GPUs.");
+  m.def(
+      "explain",
+      [](const std::string& problem, const Device& device, std::vector<int32_t> lengths_q, std::vector<int32_t> lengths_k) {
+        const Problem parsed = value(Problem::parse(problem));
+        const nb::gil_scoped_release released;
+        Result<Explanation> explanation = explain(parsed, device, {std::move(lengths_q), std::move(lengths_k)});
+        const nb::gil_scoped_acquire acquired;
+        return value(std::move(explanation));
+      },
+      "problem"_a, "device"_a, "lengths_q"_a, "lengths_k"_a);
+}
+
+}  // namespace tilewise

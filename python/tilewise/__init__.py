@@ -1,0 +1,27 @@
+"""Exact attention on CPUs and NVIDIA GPUs, forward and backward, with linear memory.
+
+    o = tilewise.attention(q, k, v, causal=True)        # NumPy, PyTorch, CuPy, JAX: what goes in comes out
+    tilewise.explain("q4096 h16 d64 causal")            # which kernel, which tiles, why not another
+    tilewise.devices()
+
+`tilewise.torch` holds the PyTorch operator (autograd, torch.compile, SDPA), `tilewise.flash_attn_interface` FlashAttention's functions,
+`tilewise.hf` the registration with Hugging Face Transformers. Importing this module imports none of those frameworks.
+"""
+
+from . import _core
+from ._arrays import Gradients, attention, attention_backward
+from ._core import Device, Explanation, devices
+
+__version__ = _core.__version__
+__all__ = ["Device", "Explanation", "Gradients", "attention", "attention_backward", "devices", "explain"]
+
+
+def explain(problem: str, device: Device | None = None, *, lengths_q=(), lengths_k=()) -> Explanation:
+    """What a plan will do, and every kernel with the sentence of its refusal.
+
+    problem: words in any order, as in "bwd b2 q4096 k4096 h32/8 d128 bf16 causal"; README.md has the grammar.
+    device: a tilewise.Device; the CPU where none is given.
+    lengths_q, lengths_k: [batch] lengths of packed sequences; without them each counts with its upper bound.
+    Returns an Explanation. Raises ValueError for a problem that makes no sense, NotImplementedError where no kernel takes it.
+    """
+    return _core.explain(problem, device if device is not None else Device.cpu(), list(lengths_q), list(lengths_k))

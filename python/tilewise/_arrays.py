@@ -1,0 +1,242 @@
+"""attention() for arrays of any framework: NumPy, CuPy, JAX and whatever else speaks DLPack. PyTorch's tensors go to tilewise.torch."""
+
+import sys
+from typing import Any, Literal, NamedTuple
+
+from . import _core
+
+_CPU, _CUDA = 1, 2  # DLPack's device types
+_NUMPY_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int32": 3}  # _core.DataType
+Alignment = Literal["bottom_right", "top_left"]
+
+
+class Gradients(NamedTuple):
+    """What attention_backward() returns: each shaped as its input; dsink is None where no sink was given."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dsink: Any
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alignment: Alignment = "bottom_right",
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sink: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    seqused_k: Any = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Any:
+    """softmax(softmax_scale * q k^T) v, exactly, with memory that grows with the length and not with its square.
+
+    Arrays of one framework on one device: float32, bfloat16 or float16, any strides as long as the last dimension is contiguous. Nothing
+    is copied. Shapes are dense, or packed where cu_seqlens_q and cu_seqlens_k are given:
+
+    q: [batch, seqlen_q, num_heads_q, head_dim] or [total_q, num_heads_q, head_dim]
+    k: [batch, seqlen_k, num_heads_kv, head_dim] or [total_k, num_heads_kv, head_dim]; num_heads_q is a multiple of num_heads_kv
+    v: [batch, seqlen_k, num_heads_kv, head_dim_v] or [total_k, num_heads_kv, head_dim_v]
+    causal: a query sees no later key. window: (left, right) keys beside its own that it sees, both included; -1 is unbounded.
+    alignment: where the diagonal ends, "bottom_right" (the last query sees the last key) or "top_left" (the first the first).
+    softmax_scale: 1/sqrt(head_dim) where not given. softcap: s becomes softcap * tanh(s / softcap) where above 0.
+    alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q]. sink: float32 [num_heads_q], a logit that takes part in the sum.
+    cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+    max_seqlen_q, max_seqlen_k: upper bounds of their lengths; 0: read from cu_seqlens on a CPU, all rows on a GPU.
+    seqused_k: int32 [batch], caps the keys of each sequence.
+    deterministic: bitwise repeatable gradients; on a CPU they always are.
+
+    Returns o, shaped as q with head_dim_v, in q's framework; with return_lse (o, lse), where lse is float32 [batch, num_heads_q, seqlen_q]
+    or [num_heads_q, total_q], the natural logarithm of the sum of exponentials. A row that sees no key is 0, its lse -inf (or its sink).
+
+    Raises ValueError for arguments that contradict each other, TypeError for types, NotImplementedError where no kernel takes the problem;
+    the message names argument, value and rule.
+    """
+    options = dict(locals())
+    if _is_torch(q):
+        from . import torch
+
+        return torch.attention(**options)
+    want_lse = options.pop("return_lse")
+    call, framework = _plan(_core.Pass.FORWARD, **options)
+    o, o_view = framework.empty((*q.shape[:-1], v.shape[-1]))
+    lse = lse_view = None
+    if want_lse:
+        lse, lse_view = framework.empty(_lse_shape(q), float32=True)
+    call.run(o_view, lse_view, stream=framework.stream)
+    framework.finish()
+    return (framework.give(o), framework.give(lse)) if want_lse else framework.give(o)
+
+
+def attention_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alignment: Alignment = "bottom_right",
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sink: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    seqused_k: Any = None,
+    deterministic: bool = False,
+) -> Gradients:
+    """The gradients of attention() with respect to q, k, v and sink.
+
+    do: the gradient of o, shaped as o. o, lse: what attention(..., return_lse=True) returned for the same q, k, v and options.
+    dlse: the gradient of lse, where the loss depends on it. Everything else as in attention().
+    Returns Gradients(dq, dk, dv, dsink). Raises as attention() does. PyTorch users have autograd: this is for everybody else.
+    """
+    options = dict(locals())
+    arrays = {name: options.pop(name) for name in ("do", "o", "lse", "dlse")}
+    if _is_torch(q):
+        raise TypeError("q is a PyTorch tensor, whose gradients autograd computes: call attention() and backward()")
+    call, framework = _plan(_core.Pass.BACKWARD, **options)
+    (dq, dq_view), (dk, dk_view), (dv, dv_view) = (framework.empty(tuple(x.shape)) for x in (q, k, v))
+    dsink = dsink_view = None
+    if sink is not None:
+        dsink, dsink_view = framework.empty(tuple(sink.shape), float32=True)
+    inputs = {name: framework.view(name, array) for name, array in arrays.items()}
+    call.run(**inputs, dq=dq_view, dk=dk_view, dv=dv_view, dsink=dsink_view, stream=framework.stream)
+    framework.finish()
+    return Gradients(*(framework.give(x) for x in (dq, dk, dv, dsink)))
+
+
+def band(causal: bool, window: tuple[int | None, int | None], alignment: Alignment) -> tuple[int, int, bool]:
+    """window_left, window_right and whether the diagonal starts at the top left; causal is window_right 0."""
+    left, right = (-1 if side is None else int(side) for side in window)
+    if causal and right > 0:
+        raise ValueError(f"window right {right} contradicts causal, which is window right 0")
+    if alignment not in ("bottom_right", "top_left"):
+        raise ValueError(f"alignment {alignment!r} is neither 'bottom_right' nor 'top_left'")
+    return left, 0 if causal else right, alignment == "top_left"
+
+
+def _is_torch(x):
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _lse_shape(q):
+    return (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
+
+
+def _plan(pass_, q, k, v, causal, window, alignment, softmax_scale, softcap, max_seqlen_q, max_seqlen_k, deterministic, **optional):
+    framework = _NumPy(q) if _is_numpy(q) else _DLPack(q)
+    left, right, top_left = band(causal, window, alignment)
+    views = {name: framework.view(name, x) for name, x in {"q": q, "k": k, "v": v, **optional}.items()}
+    call = _core.Call(
+        pass_,
+        **views,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        window_left=left,
+        window_right=right,
+        top_left=top_left,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        deterministic=deterministic,
+        threads=0,
+    )
+    return call, framework
+
+
+def _is_numpy(x):
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(x, numpy.ndarray)
+
+
+class _NumPy:
+    """NumPy's own description of its memory: DLPack knows neither its read-only arrays nor its bfloat16 (ml_dtypes)."""
+
+    stream = 0
+
+    def __init__(self, q):
+        self._dtype = q.dtype
+
+    def view(self, name, x):
+        if x is None:
+            return None
+        if not _is_numpy(x):
+            raise TypeError(f"{name} is a {type(x).__name__}, but q is a NumPy array")
+        dtype = _NUMPY_TYPES.get(x.dtype.name) if x.dtype.isnative else None
+        if dtype is None:
+            raise TypeError(f"{name} has dtype {x.dtype.str if not x.dtype.isnative else x.dtype.name}, which is none of {', '.join(_NUMPY_TYPES)}")
+        if any(stride % x.itemsize for stride in x.strides):
+            raise ValueError(f"{name} has strides of {x.strides} bytes, which are no multiples of its element size {x.itemsize}")
+        return x.ctypes.data, dtype, _CPU, 0, x.shape, tuple(stride // x.itemsize for stride in x.strides)
+
+    def empty(self, shape, float32=False):
+        import numpy
+
+        array = numpy.empty(shape, numpy.float32 if float32 else self._dtype)
+        return array, self.view("the result", array)
+
+    def finish(self):
+        pass
+
+    def give(self, array):
+        return array
+
+
+class _DLPack:
+    """Every other framework: memory comes by DLPack, results go back by it. On a GPU CuPy's current stream is used; for frameworks whose
+    streams cannot be asked for, the default stream, and the call waits for its result."""
+
+    def __init__(self, q):
+        if not hasattr(q, "__dlpack_device__"):
+            raise TypeError(f"q is a {type(q).__name__}, not an array: NumPy, PyTorch and everything with __dlpack__ will do")
+        self._device = tuple(int(x) for x in q.__dlpack_device__())
+        self._cuda = self._device[0] not in (_CPU, 3)  # 3: pinned memory of the host
+        self._cupy = type(q).__module__.partition(".")[0] == "cupy"
+        self._from_dlpack = self._importer(q)
+        self._dtype = None
+        self.stream = sys.modules["cupy"].cuda.get_current_stream().ptr if self._cuda and self._cupy else 0
+
+    def view(self, name, x):
+        if x is None or not hasattr(x, "__dlpack__"):
+            return x  # _core says what is wrong with it
+        if name == "q":
+            self._dtype = _NUMPY_TYPES.get(str(x.dtype), 0)  # what else it may be, _core refuses
+        # DLPack's 1 is CUDA's default stream: the producer makes it wait for what it has in flight.
+        return x.__dlpack__(stream=self.stream or 1) if self._cuda else x
+
+    def empty(self, shape, float32=False):
+        array = _core.empty(shape, _core.DataType(0 if float32 else self._dtype), *self._device)
+        return array, array
+
+    def finish(self):
+        if self._cuda and not self._cupy:
+            _core.synchronize(self._device[1])
+
+    def give(self, array):
+        return None if array is None else self._from_dlpack(array)
+
+    @staticmethod
+    def _importer(q):
+        if hasattr(q, "__array_namespace__"):
+            return q.__array_namespace__().from_dlpack
+        module = sys.modules[type(q).__module__.partition(".")[0]]
+        if not hasattr(module, "from_dlpack"):
+            raise TypeError(f"q is a {type(q).__name__}, and {module.__name__} has no from_dlpack to take the result")
+        return module.from_dlpack

@@ -1,0 +1,249 @@
+"""tilewise.torch: values, autograd, torch.compile, autocast, opcheck, SDPA, errors. On a GPU where there is one."""
+
+import numpy as np
+import pytest
+from conftest import needs
+
+needs("torch")
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from reference import reference, reference_gradients  # noqa: E402
+
+import tilewise  # noqa: E402
+from tilewise.torch import attention  # noqa: E402
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def inputs(batch=2, seqlen_q=37, seqlen_k=51, heads=4, kv_heads=2, dim=16, dim_v=24, dtype=torch.float32, grad=True):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, seqlen_q, heads, dim), (batch, seqlen_k, kv_heads, dim), (batch, seqlen_k, kv_heads, dim_v)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(grad) for shape in shapes]
+
+
+OPTIONS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window_top_left": {"window": (5, 3), "alignment": "top_left"},
+    "softcap": {"softcap": 1.5, "softmax_scale": 0.7},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "causal": True},
+    "sink": {"sink": torch.tensor([0.3, -1.0, 2.0, 0.0]), "window": (2, 0)},
+    "seqused_k": {"seqused_k": torch.tensor([51, 20], dtype=torch.int32), "causal": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_values_and_gradients_equal_float64(name):
+    q, k, v = inputs()
+    options = dict(OPTIONS[name])
+    leaves = [q, k, v]
+    if "sink" in options:
+        options["sink"] = options["sink"].clone().requires_grad_()
+        leaves.append(options["sink"])
+    o, lse = attention(q, k, v, return_lse=True, **options)
+    do, dlse = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)), torch.randn(lse.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad([o, lse], leaves, [do, dlse])
+    arrays = {key: value.detach().numpy() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    q, k, v, do, dlse = (x.detach().numpy() for x in (q, k, v, do, dlse))
+    right_o, right_lse = reference(q, k, v, **arrays)
+    np.testing.assert_allclose(o.detach(), right_o, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(lse.detach(), right_lse, rtol=0, atol=5e-6)
+    for got, expected in zip(gradients, reference_gradients(do, dlse, q, k, v, **arrays)):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5)
+
+
+def test_lse_alone_is_differentiable():
+    q, k, v = inputs()
+    lse = attention(q, k, v, return_lse=True)[1]
+    dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
+    expected = torch.logsumexp(torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / 4, -1).sum()
+    for got, right in zip((dq, dk), torch.autograd.grad(expected, (q, k))):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    assert not dv.any()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_equals_sdpa_within_rounding(dtype):
+    q, k, v = inputs(seqlen_q=64, seqlen_k=64, dim=32, dim_v=32, dtype=dtype)
+    got = attention(q, k, v, causal=True)
+    right = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True).transpose(1, 2)
+    weights = torch.randn(right.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    epsilon = torch.finfo(dtype).eps
+    assert (got - right).abs().max() < 4 * epsilon
+    pairs = zip(torch.autograd.grad((got * weights.to(dtype)).sum(), (q, k, v)), torch.autograd.grad((right * weights).sum(), (q, k, v)))
+    for gradient, expected in pairs:
+        assert gradient.dtype == dtype and (gradient - expected).abs().max() < 8 * epsilon * expected.abs().max()
+
+
+def test_layouts():
+    """Views are read in place; a last dimension that is not contiguous, and the expanded gradient of a sum, are copied."""
+    q, k, v = inputs(grad=False)
+    o = attention(q, k, v)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    columns_first = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    packed = torch.cat([q, q.new_full(q.shape, torch.nan)], 2)[:, :, :4]
+    for views in (heads_first, columns_first, (packed, k, v)):
+        assert torch.equal(attention(*views), o)
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q)
+    (right,) = torch.autograd.grad((attention(q, k, v) * torch.ones(o.shape)).sum(), q)
+    assert torch.equal(dq, right)
+
+
+def test_gradients_only_where_asked():
+    q, k, v = inputs()
+    attention(q, k.detach(), v.detach()).sum().backward()
+    assert q.grad is not None and k.grad is None
+    with torch.no_grad():
+        assert not attention(q, k, v).requires_grad
+    o = attention(q, k, v)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        dq.sum().backward()
+
+
+def test_numbers_of_threads_give_the_same_bits():
+    q, k, v = inputs(seqlen_q=200, seqlen_k=200)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            o = attention(q, k, v, causal=True)
+            results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_gradcheck_in_float32():
+    q, k, v = inputs(batch=1, seqlen_q=3, seqlen_k=4, heads=2, kv_heads=1, dim=4, dim_v=3)
+    sink = torch.tensor([0.1, -0.2], requires_grad=True)
+    function = lambda q, k, v, sink: attention(q, k, v, sink=sink, causal=True, softcap=3.0, return_lse=True)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (q, k, v, sink), eps=1e-2, atol=2e-3, rtol=2e-3)
+
+
+def operator_arguments(grad, **given):
+    q, k, v = inputs(seqlen_q=9, seqlen_k=13, grad=grad)
+    sink = torch.tensor([0.3, -1.0, 2.0, 0.0]).requires_grad_(grad)
+    return q, k, v, None, None, None, None, given.get("sink", sink), None, 0.0, -1, 0, False, 0, 0, False
+
+
+@pytest.mark.parametrize("sink", [True, False])
+def test_opcheck(sink):
+    given = {} if sink else {"sink": None}
+    torch.library.opcheck(torch.ops.tilewise.forward.default, operator_arguments(True, **given))
+    q, k, v, *options = operator_arguments(False, **given)
+    o, lse = torch.ops.tilewise.forward(q, k, v, *options)
+    torch.library.opcheck(torch.ops.tilewise.backward.default, (torch.ones_like(o), torch.ones_like(lse), q, k, v, o, lse, *options))
+
+
+def test_opcheck_packed():
+    q, k, v = (torch.randn(9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.tilewise.forward.default, (q, k, v, starts, starts, None, None, None, 0.5, 2.0, -1, -1, True, 5, 5, True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(dynamic):
+    def layer(q, k, v, sink):
+        o, lse = attention(q * 2, k, v, causal=True, sink=sink, return_lse=True)
+        return o.square().sum() + lse.sum()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seqlen in (9, 17):
+        q, k, v = inputs(seqlen_q=seqlen, seqlen_k=seqlen)
+        sink = torch.zeros(4, requires_grad=True)
+        leaves = (q, k, v, sink)
+        expected = torch.autograd.grad(layer(*leaves), leaves)
+        for got, right in zip(torch.autograd.grad(compiled(*leaves), leaves), expected):
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast():
+    q, k, v = inputs()
+    for function in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        for dtype in HALF:
+            with torch.autocast("cpu", dtype=dtype):
+                o, lse = function(q, k, v, causal=True, return_lse=True)
+            assert o.dtype == dtype and lse.dtype == torch.float32
+            assert torch.equal(o, attention(*(x.to(dtype) for x in (q, k, v)), causal=True))
+            (dq,) = torch.autograd.grad(o.float().sum(), q)
+            assert dq.dtype == torch.float32 and dq.any()
+
+
+def test_errors_name_argument_value_and_rule():
+    q, k, v = inputs(grad=False)
+    for error, sentence, call in (
+        (TypeError, "q has dtype torch.float64, which is none of float32", lambda: attention(q.double(), k, v)),
+        (ValueError, "k has dtype float16, but the problem needs float32", lambda: attention(q, k.half(), v)),
+        (ValueError, "num_heads_q 3 is not a multiple of num_heads_kv 2", lambda: attention(q[:, :, :3], k, v)),
+        (ValueError, r"v has shape \[2, 50, 2, 24\]", lambda: attention(q, k, v[:, :50])),
+        (TypeError, "seqused_k has dtype torch.int64", lambda: attention(q, k, v, seqused_k=torch.tensor([1, 2]))),
+        (NotImplementedError, "head_dim 600 is above 512", lambda: attention(*[torch.zeros(1, 2, 1, 600)] * 3)),
+        (NotImplementedError, "alibi_slopes requires a gradient", lambda: attention(q, k, v, alibi_slopes=torch.zeros(4, requires_grad=True))),
+        (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
+    ):
+        with pytest.raises(error, match=sentence):
+            call()
+
+
+def test_top_level_function_takes_tensors():
+    q, k, v = inputs()
+    assert torch.equal(tilewise.attention(q, k, v, causal=True), attention(q, k, v, causal=True))
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch cannot take SDPA implementations")
+def test_sdpa():
+    tilewise.torch.install()
+    assert torch.nn.attention.current_flash_attention_impl() is None
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in inputs(dim_v=16, kv_heads=4))
+    mask = torch.rand(37, 51, generator=torch.Generator().manual_seed(1)) > 0.3
+    cases = [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": mask}]
+
+    def run(options):
+        o = F.scaled_dot_product_attention(q, k, v, **options)
+        return (o, *torch.autograd.grad(o.square().sum(), (q, k, v)))
+
+    expected = [run(options) for options in cases]
+    calls = []
+    call, tilewise.torch._core.Call = tilewise.torch._core.Call, lambda *args: (calls.append(args), call(*args))[1]
+    try:
+        torch.nn.attention.activate_flash_attention_impl("tilewise")
+        got = [run(options) for options in cases]
+        assert len(calls) == 6  # forward and backward of all but the mask's, which PyTorch keeps
+        with pytest.raises(NotImplementedError, match="dropout"):
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.5)
+        torch.nn.attention.restore_flash_attention_impl()
+        run({})
+        assert len(calls) == 6
+    finally:
+        tilewise.torch._core.Call = call
+    for right, ours in zip(expected, got):
+        for a, b in zip(right, ours):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_forward_stream_and_graph():
+    q, k, v = (x.cuda() for x in inputs(seqlen_q=64, seqlen_k=64, dim=64, dim_v=64, dtype=torch.bfloat16, grad=False))
+    right = attention(*(x.float().cpu() for x in (q, k, v)), causal=True)
+    o = attention(q, k, v, causal=True)
+    assert (o.float().cpu() - right).abs().max() < 2e-2
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = q.clone()
+        torch.cuda._sleep(10_000_000)
+        late.mul_(2)
+        o2 = attention(late, k, v, causal=True)
+    stream.synchronize()
+    assert torch.equal(o2, attention(q * 2, k, v, causal=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(q, k, v, causal=True)
+    q.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, o2)
+    with pytest.raises(ValueError, match="k is on cpu, but q is on cuda:0"):
+        attention(q, k.cpu(), v)
