@@ -36,7 +36,7 @@ ONLY_IN = {
 }
 SUFFIXES = {".h", ".hpp", ".cpp", ".cc", ".c", ".cu", ".cuh"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
-KERNEL = re.compile(r"src/cuda/kernels/(forward|backward|decode)")
+KERNEL = re.compile(r"src/cuda/kernels/\w+_sm\d")
 
 
 def room_of(path):

@@ -1,23 +1,20 @@
 // Exact attention forward on Hopper, one pass over keys and values: read from top to bottom, it is in the order of events.
 //
-// A CTA stays on its SM and works through tiles of 64 queries per consumer warpgroup. Four streams run at once, tied by barriers only:
-//   warp 0 of the loaders   decides the tiles, publishes them as work items, loads queries
-//   warp 1, warp 2          load key blocks and value blocks, right to left, into rings of kStages
-//   consumer warpgroups     each 64 queries on its own: s = q k^T, softmax, o += p v, with p staying in registers
-// A consumer issues the scores of its next block together with p v of the present one, across the end of a tile too, and while it waits
-// and does its softmax the tensor cores serve the other consumers. Only blocks at the mask's edge are masked.
+// A CTA stays on its SM and works through tiles of 64 queries per consumer warpgroup. Five streams run at once, tied by barriers only:
+//   four warps            move data (forward_memory.cuh): tiles and queries, keys, values, results
+//   consumer warpgroups   each 64 queries on its own: s = q k^T, softmax, o += p v, with p staying in registers
+// A consumer issues the scores of its next block and p v of the present one, across the end of a tile too. Its softmax runs under its own
+// p v and the other consumers' products. Only blocks at the mask's edge are masked.
 // Every tile is computed by one CTA in one order, whatever else runs: results repeat bit by bit.
 #pragma once
 
 #include "core/mask.h"
-#include "core/sequence.h"
+#include "cuda/kernels/forward_memory.cuh"
 #include "cuda/kernels/params.h"
-#include "cuda/kernels/schedule.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/gemm.cuh"
-#include "cuda/tile/load.cuh"
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/rows.cuh"
 #include "cuda/tile/shared.cuh"
@@ -25,216 +22,8 @@
 
 namespace tilewise {
 
-constexpr int kItems = 4;  // work items published ahead
-
-template <ForwardConfig C>
-struct ForwardShared {
-  using Q = tile::Tile<64, C.head_dim>;
-  using K = tile::Tile<C.block_n, C.head_dim>;
-  using V = tile::Tile<C.block_n, C.head_dim_v>;
-  using O = tile::Tile<64, C.head_dim_v>;
-  Q q[C.q_slots];
-  K k[C.k_stages];
-  V v[C.v_stages];
-  O o[C.o_slots];
-  float lse[C.o_slots][64];
-  bool spoilt[C.o_slots][4];  // some row of a warp of the finished tile is NaN
-  WorkItem<C.consumers> item[kItems];
-  tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.o_slots];
-  tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
-
-  tile::Counter stored;  // finished tiles that have left
-
-  __device__ __forceinline__ void init_barriers() {
-    constexpr int kWarps = 4 * C.consumers;
-    for (int i = 0; i < kItems; ++i) {
-      item_full[i].init(32);
-      item_empty[i].init(32 * kWarps + 3);  // and the loaders of keys and of values, and who stores
-    }
-    for (int i = 0; i < C.q_slots; ++i) {
-      q_full[i].init(1);
-      q_empty[i].init(4);
-    }
-    for (int i = 0; i < C.o_slots; ++i) {
-      o_full[i].init(4);
-    }
-    stored.set(0);
-    for (int i = 0; i < C.k_stages; ++i) {
-      k_full[i].init(1);
-      k_empty[i].init(kWarps);
-    }
-    for (int i = 0; i < C.v_stages; ++i) {
-      v_full[i].init(1);
-      v_empty[i].init(kWarps);
-    }
-    ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
-  }
-};
-
 // The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
-
-// Decides the tiles and loads queries. One warp.
-template <ForwardConfig C>
-__device__ __forceinline__ void load_queries(const ForwardParams& params, ForwardShared<C>& shared) {
-  const bool leader = threadIdx.x % 32 == 0;
-  tile::Ring<kItems> items;
-  tile::Ring<C.q_slots> q_ring;
-  uint32_t results = 0;
-  Schedule schedule;
-  for (bool more = true; more; items.advance()) {
-    shared.item_empty[items.stage()].wait(items.parity() ^ 1);
-    WorkItem<C.consumers>& item = shared.item[items.stage()];
-    more = schedule.next(params, C.block_n, item);
-    // Places for queries and for finished tiles go round all warpgroups that have work: which ones a warpgroup gets is part of the item.
-    const tile::Ring<C.q_slots> first = q_ring;
-#pragma unroll
-    for (int part = 0; part < C.consumers; ++part) {
-      if (leader) item.part[part].q_place = q_ring.position, item.part[part].result = results;
-      if (!more || item.part[part].empty()) continue;
-      q_ring.advance();
-      ++results;
-    }
-    shared.item_full[items.stage()].arrive();  // every lane, for what it has written
-    __syncwarp();
-    if (!more) break;
-    q_ring = first;
-#pragma unroll
-    for (int part = 0; part < C.consumers; ++part) {
-      if (item.part[part].empty()) continue;  // sees nothing and asks for nothing
-      const int row = item.m_begin + 64 * part;
-      shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
-      if (leader)
-        tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], item.sequence.q_row + row,
-                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch);
-      q_ring.advance();
-    }
-  }
-}
-
-// Loads the blocks of keys or of values of every tile, right to left. One warp.
-template <ForwardConfig C, class T, int kStages>
-__device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[kStages],
-                                          const CUtensorMap& map, tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages]) {
-  if (threadIdx.x % 32 != 0) return;
-  tile::Ring<kItems> items;
-  tile::Ring<kStages> ring;
-  for (;; items.advance()) {
-    shared.item_full[items.stage()].wait(items.parity());
-    const WorkItem<C.consumers>& item = shared.item[items.stage()];
-    if (!item.valid) return;
-    const int batch = params.cu_seqlens_k ? 0 : item.batch, head = item.head / params.group;
-    for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
-      empty[ring.stage()].wait(ring.parity() ^ 1);
-      const int row = block * C.block_n;
-      tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch);
-    }
-    shared.item_empty[items.stage()].arrive();
-  }
-}
-
-// A row's place in o and lse.
-template <ForwardConfig C>
-__device__ __forceinline__ uint16_t* output_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query) {
-  return static_cast<uint16_t*>(params.o.data) + (params.cu_seqlens_q ? 0 : item.batch * params.o.batch) +
-         (item.sequence.q_row + query) * params.o.row + item.head * params.o.head;
-}
-template <ForwardConfig C>
-__device__ __forceinline__ void store_lse(const ForwardParams& params, const WorkItem<C.consumers>& item, int query, float lse) {
-  if (params.lse)
-    params.lse[(params.cu_seqlens_q ? 0 : item.batch * params.lse_batch) + item.head * params.lse_head + item.sequence.q_row + query] = lse;
-}
-
-// Rows that see no key: o = 0, lse = -inf or the sink.
-template <ForwardConfig C>
-__device__ __forceinline__ void write_empty(const ForwardParams& params, const WorkItem<C.consumers>& item, int part) {
-  const int thread = static_cast<int>(threadIdx.x) % 128, begin = item.m_begin + 64 * part;
-  const int rows = min_of(64, item.sequence.seqlen_q - begin), units = params.head_dim_v / 8;
-  for (int i = thread; i < rows * units; i += 128)
-    *reinterpret_cast<uint4*>(output_row<C>(params, item, begin + i / units) + i % units * 8) = make_uint4(0, 0, 0, 0);
-  for (int i = thread; i < rows; i += 128) store_lse<C>(params, item, begin + i, params.sink ? params.sink[item.head] : -INFINITY);
-}
-
-// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others. Every branch is visibly uniform: one that is
-// not, even here, drives the places of the main loop out of uniform registers, at a cost of 7 %.
-template <ForwardConfig C>
-__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query,
-                                              typename ForwardShared<C>::O& tile, float& lse) {
-  const auto row_of = [&](const Elements& t, long long row, int head) {
-    return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
-  };
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int begin = uniform(first_key(item.band, query)), end = uniform(end_key(item.band, query));
-  const uint16_t* q = row_of(params.q, item.sequence.q_row + query, item.head);
-  const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] : 0;
-  float max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY, sum = params.sink ? 1 : 0;
-  // First the maximum and the sum, then 32 columns of o at a time.
-#pragma unroll 1
-  for (int columns = -32; columns < params.head_dim_v; columns += 32) {
-    const int column = columns + lane;
-    const bool inside = columns >= 0 && column < params.head_dim_v;
-    float o = 0;
-#pragma unroll 1
-    for (int key = begin; key < end; ++key) {
-      const uint16_t* k = row_of(params.k, item.sequence.k_row + key, item.head / params.group);
-      float score = 0;
-#pragma unroll 1
-      for (int d = 0; d < params.head_dim; d += 32)
-        if (d + lane < params.head_dim) score += ptx::to_float<C.element>(q[d + lane]) * ptx::to_float<C.element>(k[d + lane]);
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) score += __shfl_xor_sync(0xffffffff, score, distance);
-      score = tile::modify(score * params.scale, params.softcap, slope * kLog2e, key - query - item.band.offset);
-      if (columns < 0) {
-        const float larger = fmaxf(max, score), shift = larger == -INFINITY ? 0 : larger;
-        sum = sum * ptx::exp2(max - shift) + ptx::exp2(score - shift);
-        max = larger;
-      }
-      const uint16_t* v = row_of(params.v, item.sequence.k_row + key, item.head / params.group);
-      if (inside) o += ptx::exp2(score - max) * ptx::to_float<C.element>(v[column]);
-      if (uniform(!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o))) break;
-    }
-    if (columns < 0 && lane == 0) lse = (max + log2f(sum)) * kLn2;
-    if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
-  }
-}
-
-// Stores finished tiles and their lse. One warp.
-template <ForwardConfig C>
-__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (tile::Ring<kItems> items;; items.advance()) {
-    shared.item_full[items.stage()].wait(items.parity());
-    const WorkItem<C.consumers>& item = shared.item[items.stage()];
-    if (!item.valid) return;
-    for (int part = 0; part < C.consumers; ++part) {
-      const typename WorkItem<C.consumers>::Part& own = item.part[part];
-      if (own.empty()) continue;
-      const uint32_t slot = own.result % C.o_slots;
-      const int row = item.m_begin + 64 * part, rows = min_of(64, item.sequence.seqlen_q - row);
-      auto& tile = shared.o[slot];
-      shared.o_full[slot].wait(own.result / C.o_slots & 1);
-      if (__any_sync(0xffffffff, lane < 4 && shared.spoilt[slot][lane % 4])) {
-#pragma unroll 1
-        for (int i = 0; i < rows; ++i) {
-          uint32_t worst = 0;
-          for (int column = 2 * lane; column < C.head_dim_v; column += 64)
-            worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
-          if (__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
-        }
-        ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-        __syncwarp();
-      }
-      if (lane == 0)
-        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch);
-      for (int i = lane; i < rows; i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
-      if (lane == 0) tile::wait_stored();
-      __syncwarp();
-      if (lane == 0) shared.stored.set(own.result + 1);
-    }
-    if (lane == 0) shared.item_empty[items.stage()].arrive();
-  }
-}
 
 // One warpgroup's pipeline over the blocks of its tiles, one after the other as if they were one long row. In each step the scores of the
 // next block are issued, then the product of the present block's p with its values: while the tensor cores do both, and those of the other
@@ -509,12 +298,13 @@ struct Consumer {
     exponentials(more);
     wait_values(present);
     if (present) {
-      write(item, scale, lse);
-      if (passed_by > 0) skip_values(passed_by);
-      if (!more) {
-        skip_keys(passed_by);
-        items.advance();
+      // Before write(), which may wait for another warpgroup's tile, for which that one needs the turns passed here.
+      if (passed_by > 0) {
+        if (!more) skip_keys(passed_by);
+        skip_values(passed_by);
       }
+      write(item, scale, lse);
+      if (!more) items.advance();
       shared.item_empty[finished.stage()].arrive();  // every lane, for what it has read
     }
     pack();
