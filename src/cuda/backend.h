@@ -11,6 +11,7 @@ namespace tilewise::cuda {
 
 std::vector<Device> devices();
 const std::vector<Kernel>& kernels();
+const std::vector<Kernel>& backward_kernels();
 Result<Rates> measure_rates(const Device& device, DataType dtype);
 
 inline Status status_of(cudaError_t error, const char* what) {

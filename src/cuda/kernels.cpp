@@ -176,7 +176,9 @@ Kernel forward_kernel() {
 
 const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> kKernels = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    return std::vector<Kernel>{forward_kernel<static_cast<int>(kIndex)>()...};
+    std::vector<Kernel> rows{forward_kernel<static_cast<int>(kIndex)>()...};
+    rows.insert(rows.end(), backward_kernels().begin(), backward_kernels().end());
+    return rows;
   }
   (std::make_index_sequence<kForwardRows>());
   return kKernels;

@@ -9,13 +9,14 @@ namespace {
 using reference::Layout;
 constexpr Layout kLayouts[] = {Layout::kBshd, Layout::kBhsd, Layout::kGaps};
 
-std::vector<Problem> problems_of(const std::string& file) {
+std::vector<Problem> problems_of(const std::string& file, Pass pass) {
   std::ifstream input(std::string(TW_PROBLEMS) + "/" + file);
+  EXPECT_TRUE(input.is_open()) << TW_PROBLEMS << "/" << file << " is not there";
   std::vector<Problem> problems;
   for (std::string line; std::getline(input, line);) {
     if (line.empty() || line[0] == '#') continue;
     const Problem problem = parse(line);
-    if (problem.pass == Pass::kForward) problems.push_back(problem);
+    if (problem.pass == pass) problems.push_back(problem);
   }
   return problems;
 }
@@ -29,31 +30,39 @@ Problem fitted(Problem problem, DataType dtype) {
 }
 
 struct Problems : Cuda {
-  void verify_file(const std::string& file) {
+  void verify_file(const std::string& file, Pass pass) {
     uint64_t seed = 0, run = 0;
-    for (const Problem& problem : problems_of(file))
+    for (const Problem& problem : problems_of(file, pass))
       for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16}) {
         run += verify(fitted(problem, dtype), seed, kLayouts[seed % 3]);
         ++seed;
       }
     EXPECT_EQ(run, seed);
   }
-  void fuzz(uint64_t first, uint64_t last, double max_products) {
+  void fuzz(uint64_t first, uint64_t last, double max_products, Pass pass) {
     reference::FuzzLimits limits;
     limits.max_products = max_products;
     limits.max_head_dim = 256;
     limits.backward = false;
-    for (uint64_t seed = first; seed < last; ++seed)
-      verify(fitted(reference::random_problem(seed, limits), seed % 2 ? DataType::kBFloat16 : DataType::kFloat16), seed,
-             kLayouts[seed % 3]);
+    for (uint64_t seed = first; seed < last; ++seed) {
+      Problem problem = reference::random_problem(seed, limits);
+      problem.pass = pass;
+      problem.deterministic = pass == Pass::kBackward && seed % 5 == 0;
+      verify(fitted(problem, seed % 2 ? DataType::kBFloat16 : DataType::kFloat16), seed, kLayouts[seed % 3]);
+    }
   }
 };
 
-TEST_F(Problems, SmokeProblems) { verify_file("smoke.txt"); }
-TEST_F(Problems, CiProblems) { verify_file("ci.txt"); }
-TEST_F(Problems, FullProblems) { verify_file("full.txt"); }
-TEST_F(Problems, Fuzz) { fuzz(0, 300, 2e5); }
-TEST_F(Problems, LongFuzz) { fuzz(10'000, 12'000, 1e6); }
+TEST_F(Problems, SmokeProblems) { verify_file("smoke.txt", Pass::kForward); }
+TEST_F(Problems, CiProblems) { verify_file("ci.txt", Pass::kForward); }
+TEST_F(Problems, FullProblems) { verify_file("full.txt", Pass::kForward); }
+TEST_F(Problems, Fuzz) { fuzz(0, 300, 2e5, Pass::kForward); }
+TEST_F(Problems, LongFuzz) { fuzz(10'000, 12'000, 1e6, Pass::kForward); }
+TEST_F(Problems, BackwardSmokeProblems) { verify_file("smoke.txt", Pass::kBackward); }
+TEST_F(Problems, BackwardCiProblems) { verify_file("ci.txt", Pass::kBackward); }
+TEST_F(Problems, BackwardFullProblems) { verify_file("full.txt", Pass::kBackward); }
+TEST_F(Problems, BackwardFuzz) { fuzz(0, 300, 2e5, Pass::kBackward); }
+TEST_F(Problems, BackwardLongFuzz) { fuzz(10'000, 12'000, 1e6, Pass::kBackward); }
 
 TEST_F(Problems, EveryRowRuns) {
   std::set<std::string> names;
@@ -67,6 +76,20 @@ TEST_F(Problems, EveryRowRuns) {
         EXPECT_TRUE(verify(problem, 1, Layout::kBshd));
       }
   EXPECT_EQ(names.size(), 28u);
+}
+
+TEST_F(Problems, EveryBackwardRowRuns) {
+  std::set<std::string> names;
+  for (const char* dims : {"64", "96", "128", "256", "80", "8", "104/40", "192", "192/128", "248"})
+    for (const char* type : {"bf16", "fp16"})
+      for (const char* score : {"", " softcap=20", " alibi", " deterministic"}) {
+        const Problem problem = parse("bwd b2 q300 k520 h4/2 d" + std::string(dims) + " " + type + " causal" + score);
+        const Result<Plan> plan = Plan::make(problem, device_);
+        ASSERT_TRUE(plan.ok()) << plan.status().message();
+        names.insert(std::string(plan->kernel()));
+        EXPECT_TRUE(verify(problem, 1, Layout::kBshd));
+      }
+  EXPECT_EQ(names.size(), 16u);
 }
 
 }  // namespace

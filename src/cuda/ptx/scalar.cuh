@@ -46,6 +46,37 @@ __device__ __forceinline__ float to_float(uint16_t x) {
   return y;
 }
 
+// Four 8 x 8 matrices of 16-bit elements to shared memory, transposed: thread t has row t / 4, columns 2 (t % 4) and the next of each, and
+// gives the address of 16 bytes where column t % 8 of matrix t / 8 goes.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t* x) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]),
+               "r"(x[3])
+               : "memory");
+}
+
+// Adds four floats to global memory, in no order with other threads' additions.
+__device__ __forceinline__ void add_global(float* to, const float* x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
+// Handing data in global memory from one CTA to another: who reads the value sees what was written before it was added to.
+__device__ __forceinline__ int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ void add_release(int* to, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+// Kernels of a stream that overlap: the next may start its CTAs; what the one before has written is there.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// What this thread has written to shared memory is seen by tensor cores and the copy engine after the next barrier.
+__device__ __forceinline__ void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Of each half the larger, or NaN where either is.
 template <Element kElement>
 __device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b) {

@@ -1,6 +1,6 @@
 // The warpgroup matrix instruction of sm_90a and what orders it; libcu++ has none of these.
 // D is 64 x N float32 in registers, A 64 x 16, B 16 x N. ss: A and B from shared memory, both with the summed dimension contiguous.
-// rs: A from registers, B from shared memory with N contiguous.
+// st: the same, but B with N contiguous. rs: A from registers, B from shared memory with N contiguous.
 // Accumulators and A registers belong to the hardware from issue until a wait: see hold() in tile/gemm.cuh.
 #pragma once
 
@@ -54,10 +54,11 @@ struct Wgmma;
   "123,%124,%125,%126,%127"
 
 // r0 = N / 2 is the number of D's registers; r1.. follow it. The first operand behind D is %r0.
-#define TW_SS(n, type, r, r0, r1, r2, r3)                                                                                              \
-  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #r2 ", 0;\nmov.b64 a, {%" #r0 ", %" #r3 "};\nmov.b64 b, {%" #r1   \
-               ", %" #r3 "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r "}, a, b, p, 1, 1, 0, 0;\n}" \
-               : TW_D##r                                                                                                               \
+#define TW_SS(n, type, b_transposed, r, r0, r1, r2, r3)                                                                              \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #r2 ", 0;\nmov.b64 a, {%" #r0 ", %" #r3 "};\nmov.b64 b, {%" #r1 \
+               ", %" #r3 "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r                            \
+               "}, a, b, p, 1, 1, 0, " #b_transposed ";\n}"                                                                          \
+               : TW_D##r                                                                                                             \
                : "r"(a), "r"(b), "r"(accumulate), "n"(kSwizzled))
 #define TW_RS(n, type, r, r0, r1, r2, r3, r4, r5, r6)                                                                                  \
   asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #r5 ", 0;\nmov.b64 b, {%" #r4 ", %" #r6                              \
@@ -70,9 +71,15 @@ struct Wgmma;
   struct Wgmma<kElement, n> {                                                                                 \
     static __device__ __forceinline__ void ss(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {        \
       if constexpr (kElement == Element::kBFloat16)                                                           \
-        TW_SS(n, "bf16", r, r0, r1, r2, r3);                                                                  \
+        TW_SS(n, "bf16", 0, r, r0, r1, r2, r3);                                                               \
       else                                                                                                    \
-        TW_SS(n, "f16", r, r0, r1, r2, r3);                                                                   \
+        TW_SS(n, "f16", 0, r, r0, r1, r2, r3);                                                                \
+    }                                                                                                         \
+    static __device__ __forceinline__ void st(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {        \
+      if constexpr (kElement == Element::kBFloat16)                                                           \
+        TW_SS(n, "bf16", 1, r, r0, r1, r2, r3);                                                               \
+      else                                                                                                    \
+        TW_SS(n, "f16", 1, r, r0, r1, r2, r3);                                                                \
     }                                                                                                         \
     static __device__ __forceinline__ void rs(float (&d)[r], const uint32_t* a, uint32_t b, int accumulate) { \
       if constexpr (kElement == Element::kBFloat16)                                                           \

@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Race Tilewise's backward pass on a GPU against cuDNN and FlashAttention-2, as compare_gpu.py does forward.
+
+Usage: compare_gpu_backward.py [NAME=]libtilewise.so... [--out results.json] [--cases text,text] [--repetitions 12]
+
+Several libraries are variants of one another; the first is the one whose ratio counts. Contenders take turns call by call, L2 is flushed,
+host time is hidden, figures are medians. Peers that are not installed enter by their ratio to cuDNN (FlashAttention-2 where cuDNN refuses).
+`error` is each gradient's largest difference from a peer's, relative to the peer's largest value: dq/dk/dv.
+"""
+import argparse
+import ctypes
+import json
+import math
+import pathlib
+import statistics
+
+import torch
+from compare_gpu import DTYPES, Arguments, Tilewise
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+PEERS = json.loads((pathlib.Path(__file__).parent / "results/nvidia-h200-peers.json").read_text())["backward"]
+
+
+class Variant(Tilewise):
+    def __init__(self, text):
+        self.name, _, library = text.rpartition("=")
+        super().__init__(library)
+        self.name = self.name or "tilewise"
+
+    def backward(self, words, q, k, v, do, cu=None, deterministic=False):
+        packed, extra = cu is not None, {} if cu is None else dict(cu_seqlens_q=cu, cu_seqlens_k=cu)
+        lse = torch.empty((q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1]), device="cuda")
+        o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="cuda")
+        self.call("fwd " + words, q=q, k=k, v=v, o=o, lse=lse, **extra)()
+        gradients = [torch.full_like(x, math.nan) for x in (q, k, v)]
+        problem, plan = ctypes.create_string_buffer(256), ctypes.c_void_p()
+        self.lib.tw_problem_init(problem, ctypes.c_size_t(144))
+        self.check(self.lib.tw_problem_parse(f"bwd {words}{' deterministic' if deterministic else ''}".encode(), problem))
+        self.check(self.lib.tw_plan_create(problem, self.device, ctypes.byref(plan)))
+        workspace = torch.empty(self.lib.tw_plan_workspace_bytes(plan) + 256, dtype=torch.uint8, device="cuda")
+        arguments = Arguments()
+        self.lib.tw_arguments_init(ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(Arguments)))
+        tensors = dict(q=q, k=k, v=v, o=o, lse=lse, dout=do, dq=gradients[0], dk=gradients[1], dv=gradients[2], **extra)
+        for name, tensor in tensors.items():
+            view = getattr(arguments, name)
+            view.data, view.dtype, view.rank = tensor.data_ptr(), DTYPES[tensor.dtype], tensor.dim()
+            view.shape[: tensor.dim()] = list(tensor.shape)
+            view.stride[: tensor.dim()] = list(tensor.stride())
+        arguments.workspace = (workspace.data_ptr() + 255) // 256 * 256
+        stream, reference = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), ctypes.byref(arguments)
+
+        def once():
+            self.check(self.lib.tw_plan_run(plan, reference, stream))
+            return gradients
+
+        once.keep = (arguments, tensors, workspace)
+        return once
+
+
+def cudnn(q, k, v, do, causal):
+    x = [t.detach().requires_grad_() for t in (q, k, v)]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        o = scaled_dot_product_attention(*[t.transpose(1, 2) for t in x], is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+    grad = do.transpose(1, 2)
+    return lambda: torch.autograd.grad(o, x, grad, retain_graph=True)
+
+
+def fa2(q, k, v, do, causal, left=None, cu=None, longest=None):
+    edge = dict(scale=q.shape[-1] ** -0.5, window_size_left=left, window_size_right=None if left is None else 0)
+    shape = (cu, cu, longest or q.shape[1], longest or k.shape[1], 0.0, causal)
+    r = torch.ops.aten._flash_attention_forward(q, k, v, *shape, False, **edge)
+    return lambda: torch.ops.aten._flash_attention_backward(do, q, k, v, r[0], r[1], *shape, r[2], r[3], **edge)
+
+
+def deterministic(call):
+    def once():
+        torch.use_deterministic_algorithms(True)
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return once
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="+")
+    parser.add_argument("--out")
+    parser.add_argument("--cases", default="")
+    parser.add_argument("--repetitions", type=int, default=12)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    ours = [Variant(text) for text in args.libraries]
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), unit="TFLOP/s of visible pairs, medians", rows=[])
+
+    def race(kind, case, flops, make, peers):
+        """make(variant) and peers' functions each prepare one call."""
+        row, calls, gradients = dict(kind=kind, case=case), {}, {}
+        if not any(text in f"{kind} {case}" for text in args.cases.split(",")):
+            return
+        for name, prepare in {**{v.name: (lambda v=v: make(v)) for v in ours}, **peers}.items():
+            try:
+                call = prepare()
+                gradients[name] = [x.clone() for x in call()]
+                torch.cuda.synchronize()
+                calls[name] = call
+            except Exception as error:
+                row[name] = "no: " + (str(error) or repr(error)).split("\n")[0][:80]
+        peer = next((gradients[name] for name in peers if name in gradients), None)
+        if peer and ours[0].name in gradients:
+            row["error"] = "/".join(f"{((a.float() - b.float()).abs().max() / b.float().abs().max()).item():.1e}" for a, b in zip(gradients[ours[0].name], peer))
+        del gradients, peer
+        names, events = list(calls), {name: [] for name in calls}
+        for i in range(args.repetitions if names else 0):
+            for name in names[i % len(names):] + names[: i % len(names)]:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                flush.zero_()
+                torch.cuda._sleep(400000)
+                begin.record()
+                calls[name]()
+                end.record()
+                events[name].append((begin, end))
+        torch.cuda.synchronize()
+        for name in names:
+            row[name] = round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1)
+        live, known = [row[name] for name in peers if isinstance(row.get(name), float)], PEERS.get(f"{kind} {case}", {})
+        base = next((name for name in peers if isinstance(row.get(name), float) and name in known), None)
+        for name in ("fa3", "fa4"):
+            if base and name in known:
+                row[name + " by ratio"] = round(row[base] * known[name] / known[base], 1)
+                live.append(row[name + " by ratio"])
+        if live and isinstance(row.get(ours[0].name), float):
+            row["ratio"] = round(row[ours[0].name] / max(live), 3)
+        result["rows"].append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+    for d, d_v, lengths in [(64, 64, (1024, 2048, 4096, 8192, 16384)), (128, 128, (1024, 2048, 4096, 8192, 16384)), (256, 256, (1024, 2048, 4096, 8192, 16384)), (96, 96, (4096,)), (192, 192, (4096,)), (192, 128, (4096,))]:
+        for causal in (False, True):
+            for s in lengths:
+                b, h, word = 16384 // s, 2048 // d, "causal" if causal else "full"
+                q, k, v, do = random(b, s, h, d), random(b, s, h, d), random(b, s, h, d_v), random(b, s, h, d_v)
+                case = f"d{d if d == d_v else f'{d}/{d_v}'} {word} s{s} b{b} h{h}"
+                words = f"b{b} q{s} h{h} d{d}/{d_v} bf16" + (" causal" if causal else "")
+                flops = b * h * s * s * (6 * d + 4 * d_v) * (0.5 if causal else 1)
+                if s != 2048:
+                    race("bwd", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal)))
+                if s not in (1024, 4096):
+                    race("bwd-det", case, flops, lambda x: x.backward(words, q, k, v, do, deterministic=True), dict(fa2=lambda: deterministic(fa2(q, k, v, do, causal))))
+    q, do, k, v = random(2, 8192, 32, 128), random(2, 8192, 32, 128), random(2, 8192, 8, 128), random(2, 8192, 8, 128)
+    for causal in (False, True):
+        words = "b2 q8192 h32/8 d128 bf16" + (" causal" if causal else "")
+        race("bwd-gqa", f"d128 {'causal' if causal else 'full'} s8192 b2 h32/8", 10 * 2 * 32 * 128 * 8192**2 * (0.5 if causal else 1), lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal)))
+    q, do, k, v = (random(1, 16384, 16, 128) for _ in range(4))
+    race("bwd-window", "d128 s16384 w1024 b1 h16", 10 * 16 * 128 * (16384 * 1024 - 1024 * 1023 / 2), lambda x: x.backward("b1 q16384 h16 d128 bf16 window=1023,0", q, k, v, do), dict(fa2=lambda: fa2(q, k, v, do, False, 1023)))
+    x = torch.exp(torch.randn(32, generator=torch.Generator().manual_seed(5)) * 1.1)
+    lengths = (x / x.sum() * 65536).int().clamp(min=16)
+    cu, longest = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().cuda(), int(lengths.max())
+    q, k, v, do = (random(int(cu[-1]), 16, 128) for _ in range(4))
+    for causal in (False, True):
+        words = f"b32 q{longest} k{longest} h16 d128 bf16 packed tq{q.shape[0]} tk{q.shape[0]}" + (" causal" if causal else "")
+        flops = 10 * 16 * 128 * float((lengths.double() ** 2).sum()) * (0.5 if causal else 1)
+        race("bwd-varlen", f"d128 {'causal' if causal else 'full'} 32 sequences, 64k tokens, longest {longest}", flops, lambda x: x.backward(words, q, k, v, do, cu), dict(fa2=lambda: fa2(q, k, v, do, causal, None, cu, longest)))
+
+    groups = {}
+    for row in result["rows"]:
+        if "ratio" in row:
+            groups.setdefault(row["kind"], []).append(row["ratio"])
+    result["summary"] = {g: dict(cases=len(r), geomean=round(math.exp(statistics.mean(map(math.log, r))), 3), lowest=min(r)) for g, r in groups.items()}
+    print(json.dumps(result["summary"]))
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

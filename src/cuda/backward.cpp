@@ -1,0 +1,227 @@
+// The backward rows of the table: what each accepts, its workspace, and the three launches of a run, which overlap.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <limits>
+
+#include "cuda/arguments.h"
+#include "cuda/backend.h"
+#include "cuda/backward_rows.h"
+
+namespace tilewise::cuda {
+namespace {
+
+// The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
+constexpr int kRows = 16;
+const std::array<BackwardRow, kRows>& table() {
+  static const std::array<BackwardRow, kRows> kTable = [] {
+    std::array<BackwardRow, kRows> rows;
+    auto next = rows.begin();
+    for (const auto& shape :
+         {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(), backward_rows<Backward256>()})
+      next = std::copy(shape.begin(), shape.end(), next);
+    return rows;
+  }();
+  return kTable;
+}
+
+std::string name_of(const BackwardConfig& c) {
+  std::string name = c.element == ptx::Element::kBFloat16 ? "backward_sm90_bf16_d" : "backward_sm90_fp16_d";
+  name += std::to_string(c.head_dim);
+  if (c.head_dim_v != c.head_dim) name += "_" + std::to_string(c.head_dim_v);
+  return c.modified ? name + "_modified" : name;
+}
+
+// CTAs of a run. Packed: bounds, since a sequence has at most one tile or block that is not full.
+struct Counts {
+  int64_t q_tiles, k_blocks, tiles, row_ctas, key_ctas;
+  Counts(const Problem& p, const BackwardConfig& c) {
+    q_tiles = p.packed ? p.total_q / kBlockM + p.batch : ceil_div<int64_t>(p.seqlen_q, kBlockM);
+    k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
+    const int64_t sequences = p.packed ? 1 : p.batch;
+    tiles = sequences * q_tiles;
+    row_ctas = p.num_heads_q * tiles;
+    key_ctas = p.num_heads_kv * sequences * k_blocks;
+  }
+};
+
+struct Workspace {
+  size_t rows, dsink_sum, turn, bytes;  // dq_sum comes first
+  Workspace(const Problem& p, const BackwardConfig& c) {
+    const auto count = static_cast<size_t>(Counts(p, c).row_ctas);
+    const auto aligned = [](size_t bytes_) { return round_up(bytes_, size_t{256}); };
+    rows = aligned(count * kBlockM * static_cast<size_t>(c.head_dim) * sizeof(float));
+    dsink_sum = rows + aligned(count * 2 * kBlockM * sizeof(float));
+    turn = dsink_sum + aligned(count * sizeof(float));
+    bytes = turn + aligned(count * sizeof(int));
+  }
+};
+
+std::string refusal(const BackwardRow& row, const Problem& p, const Device& device) {
+  const BackwardConfig& c = row.config;
+  if (device.arch != "sm_90") return "needs sm_90, the device has " + device.arch;
+  if (static_cast<int64_t>(row.shared_bytes) > device.desk_bytes)
+    return "needs " + std::to_string(row.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(device.desk_bytes);
+  const bool bfloat16 = c.element == ptx::Element::kBFloat16;
+  if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16))
+    return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
+  if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
+  if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
+  if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
+  const Counts counts(p, c);
+  if (const int64_t ctas = std::max(counts.row_ctas + p.num_heads_q, counts.key_ctas); ctas > std::numeric_limits<int>::max())
+    return "batch, heads and sequences make " + std::to_string(ctas) + " tiles, more than fit into 32 bits";
+  return {};
+}
+
+// More than 48 KB of shared memory must be asked for once per device.
+Status allow_shared(int index, const Device& device) {
+  static std::array<std::atomic<uint64_t>, kRows> allowed{};
+  const uint64_t bit = uint64_t{1} << (device.index % 64);
+  if (device.index < 64 && allowed[static_cast<size_t>(index)].load(std::memory_order_relaxed) & bit) return {};
+  const BackwardRow& row = table()[static_cast<size_t>(index)];
+  const cudaError_t error =
+      cudaFuncSetAttribute(row.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(row.shared_bytes));
+  if (Status status = status_of(error, "cudaFuncSetAttribute"); !status.ok()) return status;
+  if (device.index < 64) allowed[static_cast<size_t>(index)].fetch_or(bit, std::memory_order_relaxed);
+  return {};
+}
+
+// Launches kernels one after the other; each but the first may begin while the one before it ends.
+class Chain {
+ public:
+  explicit Chain(Stream stream) : stream_(stream) {}
+  void launch(const void* function, int64_t ctas, int threads, size_t shared_bytes, void** arguments) {
+    if (ctas == 0 || error_ != cudaSuccess) return;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(ctas));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    config.attrs = &overlap;
+    config.numAttrs = first_ ? 0 : 1;
+    error_ = cudaLaunchKernelExC(&config, function, arguments);
+    first_ = false;
+  }
+  Status status() const { return status_of(error_, "cudaLaunchKernelExC"); }
+
+ private:
+  Stream stream_;
+  bool first_ = true;
+  cudaError_t error_ = cudaSuccess;
+};
+
+Status launch(int index, const Problem& p, const Device& device, const Arguments& a, Stream stream) {
+  const BackwardRow& row = table()[static_cast<size_t>(index)];
+  const BackwardConfig& c = row.config;
+  const bool bfloat16 = c.element == ptx::Element::kBFloat16;
+  const Counts counts(p, c);
+  struct Named {
+    const char* name;
+    const TensorView& view;
+  };
+  for (const Named& t : {Named{"q", a.q}, Named{"k", a.k}, Named{"v", a.v}, Named{"o", a.o}, Named{"do", a.do_}, Named{"dq", a.dq},
+                         Named{"dk", a.dk}, Named{"dv", a.dv}})
+    if (Status status = check_rows(t.name, t.view); !status.ok()) return status;
+  const Current current(device);
+  if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
+  if (Status status = allow_shared(index, device); !status.ok()) return status;
+
+  BackwardParams r{};
+  const auto map = [&](const TensorView& view, CUtensorMap& to) { return make_tensor_map(map_source(view, bfloat16), kBlockM, to); };
+  if (counts.row_ctas > 0) {
+    if (Status status = map(a.q, r.q_map); !status.ok()) return status;
+    if (Status status = map(a.do_, r.do_map); !status.ok()) return status;
+  }
+  if (counts.key_ctas > 0) {
+    if (Status status = map(a.k, r.k_map); !status.ok()) return status;
+    if (Status status = map(a.v, r.v_map); !status.ok()) return status;
+  }
+  const auto strides = [](const TensorView& t, long long& batch, long long& head) {
+    batch = t.rank == 3 ? t.stride[0] : 0;
+    head = t.rank == 3 ? t.stride[1] : t.stride[0];
+  };
+  r.o = elements(a.o);
+  r.do_ = elements(a.do_);
+  r.dq = elements(a.dq);
+  r.dk = elements(a.dk);
+  r.dv = elements(a.dv);
+  r.lse = static_cast<const float*>(a.lse.data);
+  r.dlse = static_cast<const float*>(a.dlse.data);
+  strides(a.lse, r.lse_batch, r.lse_head);
+  strides(a.dlse, r.dlse_batch, r.dlse_head);
+  r.cu_seqlens_q = static_cast<const int*>(a.cu_seqlens_q.data);
+  r.cu_seqlens_k = static_cast<const int*>(a.cu_seqlens_k.data);
+  r.seqused_k = static_cast<const int*>(a.seqused_k.data);
+  r.alibi_slopes = static_cast<const float*>(a.alibi_slopes.data);
+  r.alibi_batch = a.alibi_slopes.rank == 2 ? a.alibi_slopes.stride[0] : 0;
+  r.sink = static_cast<const float*>(a.sink.data);
+  r.dsink = static_cast<float*>(a.dsink.data);
+  r.window_left = p.window_left;
+  r.window_right = p.window_right;
+  r.batch = static_cast<int>(p.batch);
+  r.num_heads = static_cast<int>(p.num_heads_q);
+  r.group = static_cast<int>(p.num_heads_q / p.num_heads_kv);
+  r.seqlen_q = static_cast<int>(p.seqlen_q);
+  r.seqlen_k = static_cast<int>(p.seqlen_k);
+  r.head_dim = static_cast<int>(p.head_dim);
+  r.head_dim_v = static_cast<int>(p.head_dim_v);
+  r.scale = p.scale();
+  r.scale_log2 = r.scale * kLog2e;
+  r.softcap_log2 = p.softcap * kLog2e;
+  r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
+  r.top_left = p.alignment == Alignment::kTopLeft;
+  r.deterministic = p.deterministic;
+  r.q_tiles = static_cast<int>(counts.q_tiles);
+  r.k_blocks = static_cast<int>(counts.k_blocks);
+  r.tiles = counts.tiles;
+  char* workspace = static_cast<char*>(a.workspace);
+  const Workspace at(p, c);
+  r.dq_sum = reinterpret_cast<float*>(workspace);
+  r.rows = reinterpret_cast<float*>(workspace + at.rows);
+  r.dsink_sum = reinterpret_cast<float*>(workspace + at.dsink_sum);
+  r.turn = reinterpret_cast<int*>(workspace + at.turn);
+
+  int head_dim = c.head_dim, row_ctas = static_cast<int>(counts.row_ctas);
+  void* arguments[] = {&r, &head_dim, &row_ctas};
+  Chain chain(stream);
+  chain.launch(row.preprocess, counts.row_ctas, kPreprocessThreads, 0, arguments);
+  chain.launch(row.function, counts.key_ctas, c.threads(), row.shared_bytes, arguments);
+  chain.launch(row.postprocess, counts.row_ctas + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0, arguments);
+  return chain.status();
+}
+
+// A Kernel is plain functions, so each row has its own set.
+template <size_t kIndex>
+Kernel kernel() {
+  static const std::string kName = name_of(table()[kIndex].config);
+  return {
+      .name = kName,
+      .device = DeviceType::kCuda,
+      .pass = Pass::kBackward,
+      .refusal = [](const Problem& p, const Device& device) { return refusal(table()[kIndex], p, device); },
+      .tile_plan =
+          [](const Problem&, const Device& device) {
+            const BackwardRow& row = table()[kIndex];
+            return TilePlan{kBlockM, row.config.block_n(), static_cast<int64_t>(row.shared_bytes), device.units};
+          },
+      .workspace_bytes = [](const Problem& p, const Device&) { return Workspace(p, table()[kIndex].config).bytes; },
+      .launch = [](const Problem& p, const Device& device, const Arguments& a,
+                   Stream stream) { return launch(static_cast<int>(kIndex), p, device, a, stream); },
+  };
+}
+
+}  // namespace
+
+const std::vector<Kernel>& backward_kernels() {
+  static const std::vector<Kernel> kKernels = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    return std::vector<Kernel>{kernel<kIndex>()...};
+  }
+  (std::make_index_sequence<kRows>());
+  return kKernels;
+}
+
+}  // namespace tilewise::cuda

@@ -1,0 +1,34 @@
+// The backward kernels of one shape, TW_SHAPE.
+#include "cuda/backward_rows.h"
+#include "cuda/kernels/preprocess.cuh"
+#include "cuda/kernels/backward_sm90.cuh"
+
+namespace tilewise::cuda {
+namespace {
+
+template <class Shape, ptx::Element kElement, bool kModified>
+struct Row {
+  static constexpr BackwardConfig make() {
+    BackwardConfig config = Shape::kShape;
+    config.element = kElement;
+    config.modified = kModified;
+    if (kModified) config.ahead = config.keep_p = false;  // its scores take more registers
+    return config;
+  }
+  static constexpr BackwardConfig kConfig = make();
+  static BackwardRow row() {
+    return {kConfig, sizeof(BackwardShared<kConfig>), reinterpret_cast<const void*>(backward_sm90<Row>),
+            reinterpret_cast<const void*>(backward_preprocess<kElement>), reinterpret_cast<const void*>(backward_postprocess<kElement>)};
+  }
+};
+
+}  // namespace
+
+template <>
+std::array<BackwardRow, 4> backward_rows<TW_SHAPE>() {
+  using ptx::Element;
+  return {Row<TW_SHAPE, Element::kBFloat16, false>::row(), Row<TW_SHAPE, Element::kBFloat16, true>::row(),
+          Row<TW_SHAPE, Element::kFloat16, false>::row(), Row<TW_SHAPE, Element::kFloat16, true>::row()};
+}
+
+}  // namespace tilewise::cuda

@@ -1,0 +1,95 @@
+// What the host tells the backward kernels, and where things lie in the workspace.
+#pragma once
+
+#include <cuda.h>
+
+#include "core/mask.h"
+#include "core/sequence.h"
+#include "cuda/kernels/params.h"
+
+namespace tilewise {
+
+constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows
+constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
+
+// All that changes the instructions of the inner loop.
+struct BackwardConfig {
+  ptx::Element element = ptx::Element::kBFloat16;
+  int head_dim, head_dim_v;          // largest; smaller ones are filled with zeros
+  int mains;                         // main warpgroups, of 64 keys each
+  int stages;                        // tiles of q and do in shared memory
+  int dq_columns;                    // columns of dq that are multiplied at once
+  bool ahead;                        // products are issued ahead: s, dp, p and ds have registers of their own
+  bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
+  bool keep_p;                       // p stays in float32 for ds; else, for want of registers, it is what dv's product takes
+  int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
+  bool modified = false;             // softcap or ALiBi
+  TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
+  TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
+  TW_HD constexpr int threads() const { return 128 * (mains + 2); }
+};
+
+struct BackwardParams {
+  CUtensorMap q_map, k_map, v_map, do_map;  // tiles of 64 rows
+  Elements o, do_, dq, dk, dv;
+  const float *lse, *dlse;  // dlse: null: none
+  long long lse_batch, lse_head, dlse_batch, dlse_head;
+  const int *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
+  const float *alibi_slopes, *sink;  // null: none
+  float* dsink;
+  long long alibi_batch;
+  long long window_left, window_right;
+  int batch, num_heads, group;  // group: query heads of one key/value head
+  int seqlen_q, seqlen_k;       // packed: upper bounds
+  int head_dim, head_dim_v;
+  float scale, scale_log2;          // scale_log2: for powers of two
+  float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
+  bool top_left, deterministic;
+  int q_tiles, k_blocks;  // of one head: tiles of rows and blocks of keys, packed: bounds; not packed: of one sequence
+  // Workspace. A head's tiles: those of sequence b begin at first_tile(). Everything is written by the preprocess kernel.
+  long long tiles;   // of one head in the workspace
+  float* dq_sum;     // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
+  float* rows;       // [head][tile][2][64]: -lse in units of log2, delta = rowsum(do * o) - dlse
+  float* dsink_sum;  // [head][tile]
+  int* turn;         // [head][tile]: how many blocks of keys have added to dq, where their order matters
+};
+
+// The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.
+struct Trimmed {
+  Sequence sequence;     // with its first row and length
+  Band band;             // of the trimmed sequence
+  int q_begin, k_begin;  // rows that were cut off before it
+};
+
+TW_HD Trimmed trim(Sequence sequence, long long window_left, long long window_right, bool top_left) {
+  Trimmed t{sequence, make_band(sequence.seqlen_q, sequence.seqlen_k, window_left, window_right, top_left), 0, 0};
+  const int q_begin = sequence.seqlen_k > 0 ? first_query(t.band, 0) : 0;
+  const int q_end = sequence.seqlen_k > 0 ? min_of(end_query(t.band, sequence.seqlen_k - 1), sequence.seqlen_q) : 0;
+  if (q_begin >= q_end) {
+    t.band.seqlen_q = t.band.seqlen_k = t.sequence.seqlen_q = t.sequence.seqlen_k = 0;
+    return t;
+  }
+  const int k_begin = first_key(t.band, q_begin), k_end = end_key(t.band, q_end - 1);
+  t.q_begin = q_begin;
+  t.k_begin = k_begin;
+  t.sequence = {sequence.q_row + q_begin, sequence.k_row + k_begin, q_end - q_begin, k_end - k_begin};
+  t.band.seqlen_q = q_end - q_begin;
+  t.band.seqlen_k = k_end - k_begin;
+  t.band.offset += q_begin - k_begin;
+  return t;
+}
+
+// Row number i of those before `begin` and from `end` on.
+TW_HD int outside_row(int i, int begin, int length) { return i < begin ? i : i + length; }
+
+// Tiles of sequence `batch` begin here: each takes whole tiles, at most one more than its share of rows.
+TW_HD long long first_tile(const BackwardParams& p, long long q_row, int batch) {
+  return p.cu_seqlens_q ? q_row / kBlockM + batch : static_cast<long long>(batch) * p.q_tiles;
+}
+
+// What order the blocks of keys add to a tile of dq in: falling, as they are launched.
+TW_HD int turn_of(const Band& band, int m_block, int n_block, int block_n) {
+  return kv_blocks(band, m_block * kBlockM, min_of((m_block + 1) * kBlockM, band.seqlen_q), block_n).end - 1 - n_block;
+}
+
+}  // namespace tilewise

@@ -1,0 +1,144 @@
+// Around the backward kernel. Before it: delta and lse of every row, dq's sums set to 0. After it: dq from its sums, and dsink.
+// A CTA has one tile of 64 rows of one head.
+#pragma once
+
+#include "cuda/kernels/gradient_work.cuh"
+#include "cuda/ptx/scalar.cuh"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/store_row.cuh"
+
+namespace tilewise {
+
+// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences.
+struct RowTile {
+  int batch, head, tile;
+};
+__device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
+  const auto index = static_cast<int>(blockIdx.x);
+  const int head = index / p.q_tiles, tile = index % p.q_tiles;
+  if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
+  const Place place = find_place(p.cu_seqlens_q, p.batch, kBlockM, tile);
+  return {place.batch, head, place.block};
+}
+
+template <ptx::Element kElement>
+__global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
+  ptx::launch_dependents();
+  const RowTile at = find_tile(p);
+  if (at.batch < 0) return;
+  const Sequence whole = whole_sequence(p, at.batch);
+  const Trimmed part = trimmed_sequence(p, at.batch);
+  const long long tiles = at.head * p.tiles + first_tile(p, whole.q_row, at.batch);
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 8;
+
+  float4* sum = reinterpret_cast<float4*>(p.dq_sum + (tiles + at.tile) * kBlockM * head_dim);
+  for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
+  if (thread < kBlockM && at.tile * kBlockM + thread >= part.sequence.seqlen_q) {  // rows past the end: p = 0
+    float* rows = p.rows + (tiles + at.tile) * 2 * kBlockM;
+    rows[thread] = -INFINITY;
+    rows[kBlockM + thread] = 0;
+  }
+  if (thread == 0) p.turn[tiles + at.tile] = 0;
+
+  float dsink = 0;
+#pragma unroll
+  for (int pass = 0; pass < kBlockM * 8 / kPreprocessThreads; ++pass) {
+    const int row = at.tile * kBlockM + pass * (kPreprocessThreads / 8) + thread / 8;
+    const bool inside = row < whole.seqlen_q;
+    float delta = 0;
+    if (inside) {
+      const uint16_t* o = row_of(p.o, packed, at.batch, whole.q_row + row, at.head);
+      const uint16_t* grad = row_of(p.do_, packed, at.batch, whole.q_row + row, at.head);
+#pragma unroll 4
+      for (int column = lane * 8; column < p.head_dim_v; column += 64) {
+        const uint4 a = *reinterpret_cast<const uint4*>(o + column), b = *reinterpret_cast<const uint4*>(grad + column);
+        const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          delta += ptx::to_float<kElement>(static_cast<uint16_t>(x[i])) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i]));
+          delta += ptx::to_float<kElement>(static_cast<uint16_t>(x[i] >> 16)) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i] >> 16));
+        }
+      }
+    }
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
+    if (!inside || lane != 0) continue;
+    const float lse = p.lse[(packed ? 0 : at.batch * p.lse_batch) + at.head * p.lse_head + whole.q_row + row];
+    if (p.dlse) delta -= p.dlse[(packed ? 0 : at.batch * p.dlse_batch) + at.head * p.dlse_head + whole.q_row + row];
+    if (p.dsink && p.sink[at.head] != -INFINITY) dsink -= ptx::exp2((p.sink[at.head] - lse) * kLog2e) * delta;
+    const int r = row - part.q_begin;
+    if (r < 0 || r >= part.sequence.seqlen_q) continue;
+    float* rows = p.rows + (tiles + r / kBlockM) * 2 * kBlockM + r % kBlockM;
+    const bool sees = lse != -INFINITY;  // a row whose scores are all -inf gives and takes nothing
+    rows[0] = sees ? -lse * kLog2e : -INFINITY;
+    rows[kBlockM] = sees ? delta : 0;
+  }
+  if (!p.dsink) return;
+  __shared__ float warps[kPreprocessThreads / 32];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) dsink += __shfl_xor_sync(0xffffffff, dsink, distance);
+  if (thread % 32 == 0) warps[thread / 32] = dsink;
+  __syncthreads();
+  if (thread != 0) return;
+  dsink = 0;
+  for (const float warp : warps) dsink += warp;
+  p.dsink_sum[tiles + at.tile] = dsink;
+}
+
+// dsink of a head: its tiles' sums in a fixed order. By 128 threads.
+__device__ __forceinline__ void write_dsink(const BackwardParams& p, int head) {
+  const int thread = static_cast<int>(threadIdx.x);
+  double sum = 0;
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence whole = whole_sequence(p, b);
+    const float* sums = p.dsink_sum + head * p.tiles + first_tile(p, whole.q_row, b);
+    for (int i = thread; i < ceil_div(whole.seqlen_q, kBlockM); i += 128) sum += static_cast<double>(sums[i]);
+  }
+  __shared__ double warps[4];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+  if (thread % 32 == 0) warps[thread / 32] = sum;
+  __syncthreads();
+  if (thread == 0) p.dsink[head] = static_cast<float>(warps[0] + warps[1] + warps[2] + warps[3]);
+}
+
+// The last num_heads CTAs write dsink, the others a tile of dq.
+template <ptx::Element kElement>
+__global__ void __launch_bounds__(kPostprocessThreads)
+    backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int row_ctas) {
+  ptx::wait_for_previous();
+  if (static_cast<int>(blockIdx.x) >= row_ctas) return write_dsink(p, static_cast<int>(blockIdx.x) - row_ctas);
+  const RowTile at = find_tile(p);
+  if (at.batch < 0) return;
+  const Sequence whole = whole_sequence(p, at.batch);
+  const Trimmed part = trimmed_sequence(p, at.batch);
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int outside = whole.seqlen_q - part.sequence.seqlen_q, units = p.head_dim / 8;
+  for (int i = thread; i < min_of(kBlockM, outside - at.tile * kBlockM) * units; i += 128) {
+    const int row = outside_row(at.tile * kBlockM + i / units, part.q_begin, part.sequence.seqlen_q);
+    *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + i % units * 8) = make_uint4(0, 0, 0, 0);
+  }
+  const int first = at.tile * kBlockM + tile::this_lane().row;
+  if (at.tile * kBlockM >= part.sequence.seqlen_q) return;
+  const float4* sum =
+      reinterpret_cast<const float4*>(p.dq_sum + (at.head * p.tiles + first_tile(p, whole.q_row, at.batch) + at.tile) * kBlockM * head_dim);
+#pragma unroll 2
+  for (int columns = 0; columns < head_dim; columns += 32) {
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 part4 = sum[(columns / 8 + i) * 128 + thread];
+      x[4 * i] = part4.x, x[4 * i + 1] = part4.y, x[4 * i + 2] = part4.z, x[4 * i + 3] = part4.w;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + 8 * r;
+      uint16_t* to = row < part.sequence.seqlen_q ? row_of(p.dq, packed, at.batch, part.sequence.q_row + row, at.head) + columns : nullptr;
+      tile::store_row<kElement>(x, r, p.scale, to, p.head_dim - columns);
+    }
+  }
+}
+
+}  // namespace tilewise

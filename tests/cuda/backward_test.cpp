@@ -1,0 +1,71 @@
+// What a comparison of gradients with float64 on drawn problems does not show.
+#include <cstring>
+
+#include "common.h"
+#include "reference/attention.h"
+
+namespace tilewise {
+namespace {
+
+using reference::Layout;
+using reference::Trial;
+
+struct Backward : Cuda {
+  std::vector<char> gradients(Trial& t, std::initializer_list<TensorView Arguments::*> members) {
+    t.run().check();
+    t.download().check();
+    std::vector<char> bytes;
+    for (auto member : members) {
+      const TensorView& view = t.host_arguments().*member;
+      if (!view.data) continue;
+      int64_t last = 0;
+      for (int i = 0; i < view.rank; ++i) last += (view.shape[i] - 1) * view.stride[i];
+      const auto* data = static_cast<const char*>(view.data);
+      bytes.insert(bytes.end(), data, data + (last + 1) * (view.dtype == DataType::kFloat32 ? 4 : 2));
+    }
+    return bytes;
+  }
+  Trial trial(const std::string& line) {
+    Result<Trial> made = Trial::make(parse(line), device_, 3, Layout::kBshd);
+    made.status().check();
+    return std::move(*made);
+  }
+  void repeat(const std::string& line, int times, std::initializer_list<TensorView Arguments::*> members) {
+    Trial t = trial(line);
+    const std::vector<char> first = gradients(t, members);
+    for (int i = 0; i < times; ++i) ASSERT_EQ(gradients(t, members), first) << line << " run " << i;
+  }
+};
+
+constexpr const char* kRepeated[] = {"bwd b2 q600 k900 h6/2 d128 bf16 causal", "bwd b3 q400 h4 d64 fp16",
+                                     "bwd b1 q300 k700 h3 d256 bf16 window=90,20", "bwd b2 q700 h4/1 d96 bf16 causal sink",
+                                     "bwd b5 q500 k500 h4/2 d128 bf16 packed tq1300 tk1400 causal"};
+
+TEST_F(Backward, DeterministicGradientsRepeatBitByBit) {
+  for (const std::string line : kRepeated)
+    repeat(line + " deterministic", 20, {&Arguments::dq, &Arguments::dk, &Arguments::dv, &Arguments::dsink});
+}
+TEST_F(Backward, SlowDeterministicGradientsRepeatOverAThousandRuns) {
+  repeat("bwd b2 q1500 h8/2 d128 bf16 causal deterministic", 1000, {&Arguments::dq, &Arguments::dk, &Arguments::dv});
+}
+TEST_F(Backward, GradientsOfKeysAlwaysRepeatBitByBit) {
+  for (const std::string line : kRepeated) repeat(line, 20, {&Arguments::dk, &Arguments::dv, &Arguments::dsink});
+}
+
+// One or two keys and a large scale: every score of a row may be far below or far above 0.
+TEST_F(Backward, ExtremeLse) {
+  for (const char* line :
+       {"bwd q300 k2 h2 d64 bf16 scale=200", "bwd q300 k3 h2 d128 fp16 scale=300 causal topleft", "bwd q200 k300 h2 d64 bf16 scale=300",
+        "bwd q130 k1 h2 d256 bf16 scale=-400", "bwd q64 k64 h1 d128 bf16 scale=0"})
+    EXPECT_TRUE(verify(parse(line), 5, Layout::kBshd));
+}
+
+// Many tiles and blocks, so that rings wrap and every order of CTAs comes about.
+TEST_F(Backward, LongSequences) {
+  for (const char* line : {"bwd q2000 k1900 h4/2 d128 bf16 causal", "bwd q1500 k2100 h2 d64 bf16", "bwd q1100 k1300 h2 d256 bf16 causal",
+                           "bwd q2500 h1 d96 fp16 window=300,0", "bwd b9 q900 k800 h2 d128 bf16 packed tq3000 tk2800 seqused causal"})
+    for (const char* order : {"", " deterministic"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 7, Layout::kGaps));
+}
+
+}  // namespace
+}  // namespace tilewise
