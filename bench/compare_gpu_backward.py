@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import json
 import math
+import os
 import pathlib
 import statistics
 
@@ -19,6 +20,7 @@ from compare_gpu import DTYPES, Arguments, Tilewise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+os.environ["TILEWISE_UNVERIFIED"] = "1"  # rows that have not passed their tests are raced too
 PEERS = json.loads((pathlib.Path(__file__).parent / "results/nvidia-h200-peers.json").read_text())["backward"]
 
 
