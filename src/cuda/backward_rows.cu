@@ -1,7 +1,7 @@
 // The backward kernels of one shape, TW_SHAPE.
 #include "cuda/backward_rows.h"
-#include "cuda/kernels/preprocess.cuh"
 #include "cuda/kernels/backward_sm90.cuh"
+#include "cuda/kernels/preprocess.cuh"
 
 namespace tilewise::cuda {
 namespace {
