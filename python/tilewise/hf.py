@@ -12,6 +12,8 @@ so nothing of size queries x keys is made for causal masks, windows and padding.
 them decides what is computed.
 """
 
+import sys
+
 import torch
 
 from .bert_padding import pad_input
@@ -40,6 +42,7 @@ def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=No
 
     Transformers describes the queries by q_length and q_offset, a year ago by cache_position.
     """
+    _check_model(others.get("config"))
     if q_length is None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     known = _describe(mask_function)
@@ -103,6 +106,14 @@ def _masked(q, k, v, attention_mask, band, options):
         attention_mask = _keys_of_dense(attention_mask, q.shape[0], q.shape[1], k.shape[1], band)
         k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
     return _padded(q, k, v, attention_mask, band, options)
+
+
+def _check_model(config):
+    """Raises for a model that asks for masks but attends by itself: it would take a mask that is None for no mask at all."""
+    name = getattr(config, "model_type", "").replace("-", "_")
+    modeling = sys.modules.get(f"transformers.models.{name}.modeling_{name}")
+    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise NotImplementedError(f"model_type {name!r} does not use Transformers' attention interface, which tilewise needs: use 'eager'")
 
 
 def _refuse(module, dropout, scaling, others):

@@ -60,7 +60,7 @@ def attention(
     """tilewise.attention() for PyTorch: same arguments, shapes, results and errors, on the tensors' device and its current stream.
 
     Differentiable in q, k, v and sink, through o and through lse; not twice. Under autocast q, k and v take its type. sink may have any
-    floating type. A tensor whose last dimension is not contiguous is copied. deterministic is also taken from
+    floating type. q, k or v whose last dimension is not contiguous is copied. deterministic is also taken from
     torch.use_deterministic_algorithms().
     """
     left, right, top_left = band(causal, window, alignment)
@@ -224,7 +224,7 @@ def install() -> None:
 
 
 class _Sdpa:
-    """PyTorch's flash operators overridden, until remove(). They take [batch, heads, seqlen, dim] and align causal masks top left."""
+    """PyTorch's flash operators overridden, until remove(). They take [batch, heads, seqlen, dim]; causal masks are aligned top left on a CPU."""
 
     def __init__(self):
         self._aten = torch.library.Library("aten", "IMPL")
@@ -246,12 +246,12 @@ class _Sdpa:
     def _for_cpu(self, keyset, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
         if attn_mask is not None or q.dtype == torch.float64:
             return self._cpu_forward.call_boxed(keyset, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        return _sdpa_forward(q, k, v, dropout_p, is_causal, scale)
+        return _sdpa_forward(q, k, v, dropout_p, is_causal, scale, top_left=True)
 
     def _for_cpu_backward(self, keyset, do, q, k, v, o, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
         if attn_mask is not None or q.dtype == torch.float64:
             return self._cpu_backward.call_boxed(keyset, do, q, k, v, o, lse, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale)
+        return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale, top_left=True)
 
 
 def _options(scale, is_causal, top_left, window=(-1, -1), cu_seqlens=(None, None), seqused_k=None, alibi=None, lengths=(0, 0)):
@@ -270,15 +270,15 @@ def _heads_second(*tensors):
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
-def _sdpa_forward(q, k, v, dropout_p, is_causal, scale):
+def _sdpa_forward(q, k, v, dropout_p, is_causal, scale, top_left):
     _no_dropout(dropout_p)
-    o, lse = _forward(*_heads_second(q, k, v), *_options(scale, is_causal, top_left=True))
+    o, lse = _forward(*_heads_second(q, k, v), *_options(scale, is_causal, top_left))
     return o.transpose(1, 2), lse
 
 
-def _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale):
+def _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale, top_left):
     do, q, k, v, o = _heads_second(do, q, k, v, o)
-    return _heads_second(*_backward(do, None, q, k, v, o, lse, *_options(scale, is_causal, top_left=True))[:3])
+    return _heads_second(*_backward(do, None, q, k, v, o, lse, *_options(scale, is_causal, top_left))[:3])
 
 
 def _no_dropout_state(q):
@@ -286,13 +286,14 @@ def _no_dropout_state(q):
     return *(torch.empty(shape, dtype=torch.int64, device=q.device) for shape in ((2,), ())), q.new_empty(0)
 
 
+# On CUDA PyTorch calls its flash operator for lower-right masks too, and for top-left ones only where both are the same.
 def _sdpa(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    o, lse = _sdpa_forward(q, k, v, dropout_p, is_causal, scale)
+    o, lse = _sdpa_forward(q, k, v, dropout_p, is_causal, scale, top_left=False)
     return o, lse, None, None, q.shape[2], k.shape[2], *_no_dropout_state(q)
 
 
 def _sdpa_backward(do, q, k, v, o, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None):
-    return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale)
+    return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale, top_left=False)
 
 
 def _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, left, right, seqused_k=None, alibi=None):

@@ -248,3 +248,14 @@ def test_what_is_not_there_is_refused():
     model(input_ids=ids)
     with pytest.raises(NotImplementedError, match="dropout 0.1"):
         model.train()(input_ids=ids)
+
+
+def test_a_model_that_attends_by_itself_is_refused():
+    # It asks for a mask, which is None where nothing is padded, and would see the future.
+    tilewise.hf.register()
+    config = transformers.XGLMConfig(vocab_size=50, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2, attn_implementation="tilewise")
+    if VERSION < (5, 0):
+        pytest.skip("this Transformers makes XGLM's masks itself")
+    model = transformers.XGLMForCausalLM(config)
+    with pytest.raises(NotImplementedError, match="xglm.*attention interface"):
+        model(torch.arange(8)[None])

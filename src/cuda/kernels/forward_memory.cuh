@@ -175,11 +175,11 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
         max = larger;
       }
       const uint16_t* v = row_of(params.v, item.sequence.k_row + key, item.head / params.group);
-      if (inside) o += ptx::exp2(score - max) * ptx::to_float<C.element>(v[column]);
+      if (inside) o += ptx::exp2(score - (max == -INFINITY ? 0 : max)) * ptx::to_float<C.element>(v[column]);
       if (!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o)) break;
     }
     if (columns < 0 && lane == 0) lse = (max + log2f(sum)) * kLn2;
-    if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(o / sum, 0));
+    if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(sum == 0 ? 0 : o / sum, 0));
   }
 }
 

@@ -243,8 +243,8 @@ struct Consumer {
         sum = both == -INFINITY ? 0 : sum * shrink + ptx::exp2(sink - both);
         max = both;
       }
-      // A sum of 0 means that nothing was visible; NaN stays NaN.
-      scale[r] = sum == 0 ? 0 : shrink * ptx::reciprocal(sum);
+      // A sum of 0 means that nothing was visible; NaN stays NaN, and a row that outgrew float becomes NaN, to be computed anew.
+      scale[r] = sum == 0 ? 0 : sum == INFINITY ? NAN : shrink * ptx::reciprocal(sum);
       lse[r] = sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2;
     }
   }

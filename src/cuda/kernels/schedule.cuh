@@ -3,9 +3,8 @@
 // memory: nothing to reset, and every run is alike. Units come in the order of the heads, so that CTAs that run together read the same
 // keys and values from L2:
 //   equal tiles (no mask, or a window)   one by one
-//   a causal mask                        in pairs of one long and one short tile, all equal work; of the last heads (params.paired_heads
-//   on)
-//                                        one by one and falling in size, which fills the end
+//   a causal mask                        in pairs of one long and one short tile, all equal work; those of the last heads, from
+//                                        params.paired_heads on, one by one and falling in size, which fills the end
 //   packed sequences                     in pairs, 32 sequences at a time, the longest first
 #pragma once
 

@@ -1,4 +1,4 @@
-// A place in a row of stages of any number, where tile/pipeline.cuh's Ring takes powers of two; and a value known to be uniform.
+// A place in a row of stages, and its phase, in two registers where tile/pipeline.cuh's Ring takes one; and a value known to be uniform.
 #pragma once
 
 #include <cstdint>
