@@ -189,7 +189,8 @@ class _NumPy:
     def empty(self, shape, float32=False):
         import numpy
 
-        array = numpy.empty(shape, numpy.float32 if float32 else self._dtype)
+        # Rows of a packed tensor that are in no sequence are not written.
+        array = numpy.zeros(shape, numpy.float32 if float32 else self._dtype)
         return array, self.view("the result", array)
 
     def finish(self):

@@ -124,18 +124,30 @@ def _backward_kernel(do, dlse, q, k, v, o, lse, *options):
 
 def _forward_outputs(q, v):
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+    if q.dim() == 3:  # rows of no sequence are not written: 0, as rows that see nothing
+        return q.new_zeros((*q.shape[:-1], v.shape[-1])), q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 def _backward_outputs(q, k, v, sink):
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0 if sink is None else sink.shape, dtype=torch.float32))
+    new = torch.Tensor.new_zeros if q.dim() == 3 else torch.Tensor.new_empty
+    return (*(new(x, x.shape) for x in (q, k, v)), q.new_empty(0 if sink is None else sink.shape, dtype=torch.float32))
+
+
+def _check_devices(q, *others):
+    """Real tensors beside meta tensors come here too, and only here."""
+    for x in others:
+        if isinstance(x, torch.Tensor) and x.device != q.device:
+            raise ValueError(f"a tensor of shape {list(x.shape)} is on device {x.device}, but q is on {q.device}")
 
 
 def _forward_fake(q, k, v, *options):
+    _check_devices(q, k, v, *options)
     return _forward_outputs(q, v)
 
 
 def _backward_fake(do, dlse, q, k, v, o, lse, *options):
+    _check_devices(q, do, dlse, k, v, o, lse, *options)
     return _backward_outputs(q, k, v, options[_SINK])
 
 
@@ -175,8 +187,16 @@ class _Gradient(torch.autograd.Function):
         raise NotImplementedError("attention can be differentiated once: tilewise has no gradient of its backward")
 
 
+def _refuse_tangents(arguments):
+    for x in arguments:
+        if isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("a tensor has a tangent: tilewise has gradients in reverse mode, none in forward mode")
+
+
 def _differentiable(operator, function):
     def call(*arguments):
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_tangents(arguments)
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
             return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():

@@ -247,3 +247,23 @@ def test_cuda_forward_stream_and_graph():
     assert torch.equal(captured, o2)
     with pytest.raises(ValueError, match="k is on cpu, but q is on cuda:0"):
         attention(q, k.cpu(), v)
+
+
+def test_forward_mode_is_refused():
+    q = torch.randn(1, 5, 2, 8)
+    with pytest.raises(NotImplementedError, match="reverse mode"):
+        torch.func.jvp(lambda x: attention(x, q, q), (q,), (torch.ones_like(q),))
+
+
+def test_rows_of_no_sequence_are_zero():
+    q = torch.randn(33, 2, 8, requires_grad=True)
+    starts = torch.tensor([0, 20, 30], dtype=torch.int32)
+    o, lse = attention(q, q, q, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=20, max_seqlen_k=20, return_lse=True)
+    o.sum().backward()
+    assert (o[30:] == 0).all() and (lse[:, 30:] == -torch.inf).all() and (q.grad[30:] == 0).all() and (q.grad[:30] != 0).any()
+
+
+def test_meta_beside_real_tensors_is_refused():
+    q = torch.randn(1, 5, 2, 8)
+    with pytest.raises(ValueError, match="is on device meta, but q is on cpu"):
+        attention(q, q.to("meta"), q)
