@@ -119,6 +119,30 @@ class FlashAttention2(Sdpa):
         return self.op(q, k, v, causal, None, cu, longest)
 
 
+def take_turns(calls, flush, repetitions, flops):
+    """TFLOP/s of each call, the median: they take turns in a rotating order, L2 flushed, the host's time hidden behind a spinning kernel."""
+    names, events = list(calls), {name: [] for name in calls}
+    for i in range(repetitions if names else 0):
+        for name in names[i % len(names):] + names[: i % len(names)]:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(400000)
+            begin.record()
+            calls[name]()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1) for name in names}
+
+
+def summary(ratios):
+    """Of pairs (group, ratio): how many, their geometric mean and the lowest."""
+    groups = {}
+    for group, ratio in ratios:
+        groups.setdefault(group, []).append(ratio)
+    return {g: dict(cases=len(r), geomean=round(math.exp(statistics.mean(map(math.log, r))), 3), lowest=min(r)) for g, r in groups.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", required=True)
@@ -149,19 +173,7 @@ def main():
         for other in outputs[1:]:
             row["difference"] = max(row.get("difference", 0), (outputs[0].float() - other.float()).abs().max().item())
         del outputs
-        events, names = {name: [] for name in calls}, list(calls)
-        for i in range(args.repetitions):
-            for name in names[i % len(names):] + names[: i % len(names)]:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
-                torch.cuda._sleep(400000)
-                begin.record()
-                calls[name]()
-                end.record()
-                events[name].append((begin, end))
-        torch.cuda.synchronize()
-        for name in names:
-            row[name] = round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1)
+        row.update(take_turns(calls, flush, args.repetitions, flops))
         live = [row[name] for name in ("cudnn", "fa2") if isinstance(row.get(name), float)]
         known = table.get(f"{kind} {case}")
         if known:
@@ -222,12 +234,9 @@ def main():
     torch.cuda.synchronize()
     result["extra_memory_bytes"] = before - torch.cuda.mem_get_info()[0]
 
-    ratios = {}
-    for row in result["rows"]:
-        if "ratio" in row:
-            for group in [row["kind"]] + (["fwd s512 and s1024"] if row["kind"] == "fwd" and (" s512 " in row["case"] or " s1024 " in row["case"]) else []):
-                ratios.setdefault(group, []).append(row["ratio"])
-    result["summary"] = {g: dict(cases=len(r), geomean=round(math.exp(statistics.mean(map(math.log, r))), 3), lowest=min(r)) for g, r in ratios.items()}
+    rated = [row for row in result["rows"] if "ratio" in row]
+    short = [row for row in rated if row["kind"] == "fwd" and (" s512 " in row["case"] or " s1024 " in row["case"])]
+    result["summary"] = summary([(row["kind"], row["ratio"]) for row in rated] + [("fwd s512 and s1024", row["ratio"]) for row in short])
     print(json.dumps(result["summary"]), "host us a call", result["host_us"], "extra memory", result["extra_memory_bytes"])
     if args.out:
         results.save("race", result, args.out)

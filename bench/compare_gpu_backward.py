@@ -13,10 +13,9 @@ import json
 import math
 import os
 import pathlib
-import statistics
 
 import torch
-from compare_gpu import DTYPES, Arguments, Tilewise
+from compare_gpu import DTYPES, Arguments, Tilewise, summary, take_turns
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -115,19 +114,7 @@ def main():
         if peer and ours[0].name in gradients:
             row["error"] = "/".join(f"{((a.float() - b.float()).abs().max() / b.float().abs().max()).item():.1e}" for a, b in zip(gradients[ours[0].name], peer))
         del gradients, peer
-        names, events = list(calls), {name: [] for name in calls}
-        for i in range(args.repetitions if names else 0):
-            for name in names[i % len(names):] + names[: i % len(names)]:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
-                torch.cuda._sleep(400000)
-                begin.record()
-                calls[name]()
-                end.record()
-                events[name].append((begin, end))
-        torch.cuda.synchronize()
-        for name in names:
-            row[name] = round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1)
+        row.update(take_turns(calls, flush, args.repetitions, flops))
         live, known = [row[name] for name in peers if isinstance(row.get(name), float)], PEERS.get(f"{kind} {case}", {})
         base = next((name for name in peers if isinstance(row.get(name), float) and name in known), None)
         for name in ("fa3", "fa4"):
@@ -169,11 +156,7 @@ def main():
         flops = 10 * 16 * 128 * float((lengths.double() ** 2).sum()) * (0.5 if causal else 1)
         race("bwd-varlen", f"d128 {'causal' if causal else 'full'} 32 sequences, 64k tokens, longest {longest}", flops, lambda x: x.backward(words, q, k, v, do, cu), dict(fa2=lambda: fa2(q, k, v, do, causal, None, cu, longest)))
 
-    groups = {}
-    for row in result["rows"]:
-        if "ratio" in row:
-            groups.setdefault(row["kind"], []).append(row["ratio"])
-    result["summary"] = {g: dict(cases=len(r), geomean=round(math.exp(statistics.mean(map(math.log, r))), 3), lowest=min(r)) for g, r in groups.items()}
+    result["summary"] = summary((row["kind"], row["ratio"]) for row in result["rows"] if "ratio" in row)
     print(json.dumps(result["summary"]))
     if args.out:
         pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -124,6 +124,10 @@ def attention_backward(
 
 def band(causal: bool, window: tuple[int | None, int | None], alignment: Alignment) -> tuple[int, int, bool]:
     """window_left, window_right and whether the diagonal starts at the top left; causal is window_right 0."""
+    if causal not in (True, False):
+        raise ValueError(f"causal {causal!r} is neither True nor False")
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(side is None or hasattr(side, "__index__") for side in window):
+        raise TypeError(f"window {window!r} is not two whole numbers: (left, right), -1 is unbounded")
     left, right = (-1 if side is None else int(side) for side in window)
     if causal and right > 0:
         raise ValueError(f"window right {right} contradicts causal, which is window right 0")

@@ -60,12 +60,7 @@ struct Workspace {
 
 std::string refusal(const BackwardRow& row, const Problem& p, const Device& device) {
   const BackwardConfig& c = row.config;
-  if (device.arch != "sm_90") return "needs sm_90, the device has " + device.arch;
-  if (static_cast<int64_t>(row.shared_bytes) > device.desk_bytes)
-    return "needs " + std::to_string(row.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(device.desk_bytes);
-  const bool bfloat16 = c.element == ptx::Element::kBFloat16;
-  if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16))
-    return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
+  if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
@@ -75,19 +70,6 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   // To be removed when this form of the kernel has passed its tests on a GPU: docs/kernels/backward_sm90.md says what has run.
   if (!std::getenv("TILEWISE_UNVERIFIED"))
     return "has not passed its tests on a GPU in its present form; the environment variable TILEWISE_UNVERIFIED=1 admits it";
-  return {};
-}
-
-// More than 48 KB of shared memory must be asked for once per device.
-Status allow_shared(int index, const Device& device) {
-  static std::array<std::atomic<uint64_t>, kRows> allowed{};
-  const uint64_t bit = uint64_t{1} << (device.index % 64);
-  if (device.index < 64 && allowed[static_cast<size_t>(index)].load(std::memory_order_relaxed) & bit) return {};
-  const BackwardRow& row = table()[static_cast<size_t>(index)];
-  const cudaError_t error =
-      cudaFuncSetAttribute(row.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(row.shared_bytes));
-  if (Status status = status_of(error, "cudaFuncSetAttribute"); !status.ok()) return status;
-  if (device.index < 64) allowed[static_cast<size_t>(index)].fetch_or(bit, std::memory_order_relaxed);
   return {};
 }
 
@@ -123,16 +105,15 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   const BackwardConfig& c = row.config;
   const bool bfloat16 = c.element == ptx::Element::kBFloat16;
   const Counts counts(p, c);
-  struct Named {
-    const char* name;
-    const TensorView& view;
-  };
-  for (const Named& t : {Named{"q", a.q}, Named{"k", a.k}, Named{"v", a.v}, Named{"o", a.o}, Named{"do", a.do_}, Named{"dq", a.dq},
-                         Named{"dk", a.dk}, Named{"dv", a.dv}})
-    if (Status status = check_rows(t.name, t.view); !status.ok()) return status;
+  if (Status status =
+          check_rows({{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"o", &a.o}, {"do", &a.do_}, {"dq", &a.dq}, {"dk", &a.dk}, {"dv", &a.dv}});
+      !status.ok())
+    return status;
   const Current current(device);
   if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
-  if (Status status = allow_shared(index, device); !status.ok()) return status;
+  static std::array<std::atomic<uint64_t>, kRows> allowed{};
+  if (Status status = allow_shared(allowed[static_cast<size_t>(index)], row.function, row.shared_bytes, device); !status.ok())
+    return status;
 
   BackwardParams r{};
   const auto map = [&](const TensorView& view, CUtensorMap& to) { return make_tensor_map(map_source(view, bfloat16), kBlockM, to); };
@@ -140,7 +121,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
     if (Status status = map(a.q, r.q_map); !status.ok()) return status;
     if (Status status = map(a.do_, r.do_map); !status.ok()) return status;
   }
-  if (counts.key_ctas > 0) {
+  if (counts.key_ctas > 0 && a.k.shape[a.k.rank - 3] > 0) {
     if (Status status = map(a.k, r.k_map); !status.ok()) return status;
     if (Status status = map(a.v, r.v_map); !status.ok()) return status;
   }

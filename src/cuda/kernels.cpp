@@ -27,9 +27,9 @@ const std::array<ForwardRow, kForwardRows>& forward_table() {
 }
 
 // Four warpgroups of 64 queries leave fewer rows unused at the end of a sequence than three, and hide more of a tile's beginning and end;
-// three with larger blocks have less to do for each key. Measured on an H200 at head dimension 64, short against long: 428 to 395 TFLOP/s
-// at s512, 507 to 463 at s1024, 562 to 561 at s2048, 585 to 592 at s4096; causal 223 to 240, 338 to 309, 438 to 407, 530 to 525, 584 to
-// 590.
+// three with larger blocks have less to do for each key. Measured on an H200 (2026-11-24, commit 39ae4ac) at head dimension 64, short
+// against long: 428 to 395 TFLOP/s at s512, 507 to 463 at s1024, 562 to 561 at s2048, 585 to 592 at s4096; causal 223 to 240, 338 to 309,
+// 438 to 407, 530 to 525, 584 to 590.
 bool is_short(const ForwardConfig& c) { return c.consumers == 4; }
 std::string refuse_length(const ForwardConfig& c, const Problem& p) {
   if (!is_short(c)) return {};
@@ -68,12 +68,7 @@ int64_t falling_heads(const Problem& p, int block_m) {
 
 std::string forward_refusal(const ForwardRow& row, const Problem& p, const Device& device) {
   const ForwardConfig& c = row.config;
-  if (device.arch != "sm_90") return "needs sm_90, the device has " + device.arch;
-  if (static_cast<int64_t>(row.shared_bytes) > device.desk_bytes)
-    return "needs " + std::to_string(row.shared_bytes) + " bytes of shared memory, the device has " + std::to_string(device.desk_bytes);
-  const bool bfloat16 = c.element == ptx::Element::kBFloat16;
-  if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16))
-    return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
+  if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
   // A maximum of scores is the maximum of scaled scores, and -inf stays -inf, only where the scale is above 0.
   const bool modified = p.softcap > 0 || p.alibi || !(p.scale() >= kSmallestScale);
   if (modified != c.modified)
@@ -86,37 +81,22 @@ std::string forward_refusal(const ForwardRow& row, const Problem& p, const Devic
   return {};
 }
 
-// More than 48 KB of shared memory must be asked for once per device.
-Status allow_shared(int index, const Device& device) {
-  static std::array<std::atomic<uint64_t>, kForwardRows> allowed{};
-  const uint64_t bit = uint64_t{1} << (device.index % 64);
-  if (device.index < 64 && allowed[index].load(std::memory_order_relaxed) & bit) return {};
-  const ForwardRow& row = forward_table()[index];
-  const cudaError_t error =
-      cudaFuncSetAttribute(row.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(row.shared_bytes));
-  if (Status status = status_of(error, "cudaFuncSetAttribute"); !status.ok()) return status;
-  if (device.index < 64) allowed[index].fetch_or(bit, std::memory_order_relaxed);
-  return {};
-}
-
 Status launch_forward(int index, const Problem& p, const Device& device, const Arguments& a, Stream stream) {
   const ForwardRow& row = forward_table()[index];
   const bool bfloat16 = row.config.element == ptx::Element::kBFloat16;
   if (a.q.shape[0] == 0 || a.q.shape[1] == 0 || p.seqlen_q == 0 || p.batch == 0) return {};  // nothing to write
-  struct Named {
-    const char* name;
-    const TensorView& view;
-  };
-  for (const Named& t : {Named{"q", a.q}, Named{"k", a.k}, Named{"v", a.v}, Named{"o", a.o}})
-    if (Status status = check_rows(t.name, t.view); !status.ok()) return status;
+  if (Status status = check_rows({{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"o", &a.o}}); !status.ok()) return status;
   const Current current(device);
   if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
-  if (Status status = allow_shared(index, device); !status.ok()) return status;
+  static std::array<std::atomic<uint64_t>, kForwardRows> allowed{};
+  if (Status status = allow_shared(allowed[index], row.function, row.shared_bytes, device); !status.ok()) return status;
 
   ForwardParams r{};
   if (Status status = make_tensor_map(map_source(a.q, bfloat16), 64, r.q_map); !status.ok()) return status;
-  if (Status status = make_tensor_map(map_source(a.k, bfloat16), row.config.block_n, r.k_map); !status.ok()) return status;
-  if (Status status = make_tensor_map(map_source(a.v, bfloat16), row.config.block_n, r.v_map); !status.ok()) return status;
+  if (a.k.shape[a.k.rank - 3] > 0) {  // without a key nothing is loaded, and the tensors may have no address
+    if (Status status = make_tensor_map(map_source(a.k, bfloat16), row.config.block_n, r.k_map); !status.ok()) return status;
+    if (Status status = make_tensor_map(map_source(a.v, bfloat16), row.config.block_n, r.v_map); !status.ok()) return status;
+  }
   if (Status status = make_tensor_map(map_source(a.o, bfloat16), 64, r.o_map); !status.ok()) return status;
   r.q = elements(a.q);
   r.k = elements(a.k);

@@ -211,7 +211,7 @@ struct KeyGradients {
   // ds is in its slot: lets the dq warpgroup have it.
   __device__ __forceinline__ void pass_ds() {
     if (C.split && part > 0) return;
-    ptx::fence_shared_for_async();
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     __syncwarp();
     shared.ds_full[slot.stage()][keys].arrive_if(leader);
     slot.advance();
@@ -327,8 +327,8 @@ struct KeyGradients {
 #pragma unroll
     for (float& x : dv) x = 0;
     const BlockRange& range = shared.work.mine[keys];
-    const int all_begin = tile::same_in_all_lanes(shared.work.all.begin), all_end = tile::same_in_all_lanes(shared.work.all.end);
-    const int begin = tile::same_in_all_lanes(range.begin), end = tile::same_in_all_lanes(range.end);
+    const int all_begin = ptx::uniform(shared.work.all.begin), all_end = ptx::uniform(shared.work.all.end);
+    const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
     if (all_begin < all_end) {
       shared.k_full.wait(0);
       shared.v_full.wait(0);
@@ -399,18 +399,18 @@ struct QueryGradients {
   const int thread = static_cast<int>(threadIdx.x) % kThreads;
 
   __device__ __forceinline__ void run() {
-    const int begin = tile::same_in_all_lanes(shared.work.all.begin), end = tile::same_in_all_lanes(shared.work.all.end);
+    const int begin = ptx::uniform(shared.work.all.begin), end = ptx::uniform(shared.work.all.end);
     for (int i = thread; i < shared.nothing.kBytes / 16; i += kThreads)
       reinterpret_cast<uint4*>(shared.nothing.bytes)[i] = make_uint4(0, 0, 0, 0);
-    ptx::fence_shared_for_async();
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx::barrier_sync(1, kThreads);
     ptx::wait_for_previous();
     tile::Ring<kSlots> slot[C.key_tiles()];
     int mine_begin[C.key_tiles()], mine_end[C.key_tiles()];
 #pragma unroll
     for (int i = 0; i < C.key_tiles(); ++i) {
-      mine_begin[i] = tile::same_in_all_lanes(shared.work.mine[i].begin);
-      mine_end[i] = tile::same_in_all_lanes(shared.work.mine[i].end);
+      mine_begin[i] = ptx::uniform(shared.work.mine[i].begin);
+      mine_end[i] = ptx::uniform(shared.work.mine[i].end);
     }
 #pragma unroll 1
     for (int head = 0; head < params.group; ++head)
@@ -489,7 +489,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
     QueryGradients<C>{params, shared}.run();
   } else {
     ptx::take_registers<C.main_registers>();
-    KeyGradients<C> gradients{params, shared, tile::same_in_all_lanes(static_cast<int>(threadIdx.x) / 128 - 2)};
+    KeyGradients<C> gradients{params, shared, ptx::uniform(static_cast<int>(threadIdx.x) / 128 - 2)};
     gradients.run();
   }
 }

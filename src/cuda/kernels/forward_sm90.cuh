@@ -22,8 +22,7 @@
 
 namespace tilewise {
 
-// The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+using ptx::uniform;
 
 // One warpgroup's pipeline over the blocks of its tiles, one after the other as if they were one long row. In each step the scores of the
 // next block are issued, then the product of the present block's p with its values: while the tensor cores do both, and those of the other
@@ -187,18 +186,22 @@ struct Consumer {
       rows.keep();
   }
 
+  // The products of a step within a tile, until the scores are there.
+  __device__ __forceinline__ void multiply() {
+    --block;
+    find_keys();
+    take_turn();
+    issue_scores();
+    shared.v_full[values.stage()].wait(values.parity());
+    issue_values();
+    pass_turn();
+    wait_scores(true);
+  }
   // Steps where nothing is masked. This is where the time goes.
   __device__ __forceinline__ void plain_steps(int count) {
 #pragma unroll 1
     for (; count > 0; --count) {
-      --block;
-      find_keys();
-      take_turn();
-      issue_scores();
-      shared.v_full[values.stage()].wait(values.parity());
-      issue_values();
-      pass_turn();
-      wait_scores(true);
+      multiply();
       const bool raise = !settled;
       if (raise) settled = rows.raise(s, factor);
       exponentials(true);
@@ -215,14 +218,7 @@ struct Consumer {
   }
   // Any other step within a tile.
   __device__ __forceinline__ void masked_step() {
-    --block;
-    find_keys();
-    take_turn();
-    issue_scores();
-    shared.v_full[values.stage()].wait(values.parity());
-    issue_values();
-    pass_turn();
-    wait_scores(true);
+    multiply();
     prepare();
     exponentials(true);
     wait_values(true);

@@ -74,8 +74,8 @@ __device__ __forceinline__ void add_release(int* to, int value) {
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// What this thread has written to shared memory is seen by tensor cores and the copy engine after the next barrier.
-__device__ __forceinline__ void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
 // Of each half the larger, or NaN where either is.
 template <Element kElement>

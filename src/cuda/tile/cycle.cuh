@@ -1,4 +1,4 @@
-// A place in a row of stages, and its phase, in two registers where tile/pipeline.cuh's Ring takes one; and a value known to be uniform.
+// A place in a row of stages, and its phase, in two registers where tile/pipeline.cuh's Ring takes one.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,5 @@ struct Cycle {
     }
   }
 };
-
-// The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
-__device__ __forceinline__ int same_in_all_lanes(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
 }  // namespace tilewise::tile
