@@ -52,7 +52,7 @@ struct Workspace {
     const auto count = static_cast<size_t>(Counts(p, c).row_ctas);
     const auto aligned = [](size_t bytes_) { return round_up(bytes_, size_t{256}); };
     rows = aligned(count * kBlockM * static_cast<size_t>(c.head_dim) * sizeof(float));
-    dsink_sum = rows + aligned(count * 2 * kBlockM * sizeof(float));
+    dsink_sum = rows + aligned(count * kRowFloats * sizeof(float));
     turn = dsink_sum + aligned(count * sizeof(float));
     bytes = turn + aligned(count * sizeof(int));
   }

@@ -36,6 +36,13 @@ struct ForwardShared {
   tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
   tile::Counter stored;  // finished tiles that have left
 
+  // Columns that are not there.
+  __device__ __forceinline__ void clear_columns(int head_dim, int head_dim_v) {
+    const int thread = static_cast<int>(threadIdx.x), threads = C.threads();
+    for (auto& tile : q) tile::clear_panels(tile, head_dim, thread, threads);
+    for (auto& tile : k) tile::clear_panels(tile, head_dim, thread, threads);
+    for (auto& tile : v) tile::clear_panels(tile, head_dim_v, thread, threads);
+  }
   __device__ __forceinline__ void init_barriers() {
     constexpr int kWarps = 4 * C.consumers;
     for (int i = 0; i < kItems; ++i) {
@@ -92,7 +99,7 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
       shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
       if (leader)
         tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], item.sequence.q_row + row,
-                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch);
+                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch, params.head_dim);
       q_ring.advance();
     }
   }
@@ -101,7 +108,8 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
 // Loads the blocks of keys or of values of every tile, right to left. One warp.
 template <ForwardConfig C, class T, int kStages>
 __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[kStages],
-                                          const CUtensorMap& map, tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages]) {
+                                          const CUtensorMap& map, int columns, tile::Barrier (&full)[kStages],
+                                          tile::Barrier (&empty)[kStages]) {
   if (threadIdx.x % 32 != 0) return;
   tile::Ring<kItems> items;
   tile::Ring<kStages> ring;
@@ -113,7 +121,8 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
       const int row = block * C.block_n;
-      tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch);
+      tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch,
+                      columns);
     }
     shared.item_empty[items.stage()].arrive();
   }
@@ -210,7 +219,8 @@ __device__ __forceinline__ void store_tiles(const ForwardParams& params, Forward
         __syncwarp();
       }
       if (lane == 0)
-        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch);
+        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch,
+                         params.head_dim_v);
       for (int i = lane; i < rows; i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
       if (lane == 0) tile::wait_stored();
       __syncwarp();

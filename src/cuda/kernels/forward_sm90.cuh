@@ -335,13 +335,14 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) forward_sm90(const 
   extern __shared__ __align__(1024) unsigned char memory[];
   ForwardShared<C>& shared = *reinterpret_cast<ForwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
+  shared.clear_columns(params.head_dim, params.head_dim_v);
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::give_registers<C.loader_registers()>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) load_queries<C>(params, shared);
-    if (warp == 1) load_keys<C>(params, shared, shared.k, params.k_map, shared.k_full, shared.k_empty);
-    if (warp == 2) load_keys<C>(params, shared, shared.v, params.v_map, shared.v_full, shared.v_empty);
+    if (warp == 1) load_keys<C>(params, shared, shared.k, params.k_map, params.head_dim, shared.k_full, shared.k_empty);
+    if (warp == 2) load_keys<C>(params, shared, shared.v, params.v_map, params.head_dim_v, shared.v_full, shared.v_empty);
     if (warp == 3) store_tiles<C>(params, shared);
   } else {
     ptx::take_registers<C.consumer_registers()>();
