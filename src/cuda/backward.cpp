@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <limits>
 
 #include "cuda/arguments.h"
@@ -67,9 +66,6 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   const Counts counts(p, c);
   if (const int64_t ctas = std::max(counts.row_ctas + p.num_heads_q, counts.key_ctas); ctas > std::numeric_limits<int>::max())
     return "batch, heads and sequences make " + std::to_string(ctas) + " tiles, more than fit into 32 bits";
-  // To be removed when this form of the kernel has passed its tests on a GPU: docs/kernels/backward_sm90.md says what has run.
-  if (!std::getenv("TILEWISE_UNVERIFIED"))
-    return "has not passed its tests on a GPU in its present form; the environment variable TILEWISE_UNVERIFIED=1 admits it";
   return {};
 }
 

@@ -107,7 +107,7 @@ struct Island {
     properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
     properties.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = 0};
     driver<decltype(&cuMemGetAllocationGranularity)>("cuMemGetAllocationGranularity")(&bytes, &properties,
-                                                                                     CU_MEM_ALLOC_GRANULARITY_MINIMUM);
+                                                                                      CU_MEM_ALLOC_GRANULARITY_MINIMUM);
     CUdeviceptr reserved;
     CUmemGenericAllocationHandle handle;
     const CUmemAccessDesc access{properties.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};

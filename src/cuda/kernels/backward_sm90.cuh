@@ -132,9 +132,9 @@ struct KeyGradients {
   // The softcap's derivatives wait in shared memory for dp, for want of registers.
   __device__ __forceinline__ uint4& my_slopes(int i) { return shared.slopes[part][i][threadIdx.x % 128]; }
 
-  // ds = p (dp - delta), packed, in the place of p; dp holds the difference. In bfloat16 the difference is rounded before it is multiplied, as standard
-  // attention rounds dp, and pairs are multiplied at once: a third of the instructions. A float16 could overflow; modified rows lack the
-  // registers.
+  // ds = p (dp - delta), packed, in the place of p; dp holds the difference. In bfloat16 the difference is rounded before it is multiplied,
+  // as standard attention rounds dp, and pairs are multiplied at once: a third of the instructions. A float16 could overflow; modified rows
+  // lack the registers.
   static constexpr bool kPairs = C.element == ptx::Element::kBFloat16 && !C.modified;
   __device__ __forceinline__ void score_gradients(const float (&dp)[32], const uint32_t (&rounded)[16]) {
 #pragma unroll

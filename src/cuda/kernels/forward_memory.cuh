@@ -220,7 +220,9 @@ __device__ __forceinline__ void store_tiles(const ForwardParams& params, Forward
           uint32_t worst = 0;
           for (int column = 2 * lane; column < C.head_dim_v; column += 64)
             worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
-          if (__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
+          if (!__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) continue;
+          __syncwarp();  // every lane has read the row
+          recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
         }
         ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
         __syncwarp();
