@@ -5,8 +5,12 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 
 #include "tilewise/explain.hpp"
 #include "tilewise/memory.hpp"
@@ -52,20 +56,21 @@ struct Place {
   std::string name() const { return type == DeviceType::kCpu ? "cpu" : "cuda:" + std::to_string(index); }
 };
 
-Place place_of(const std::string& name, int device_type, int index) {
+Place place_of(const char* name, int device_type, int index) {
   if (device_type == kDLCPU || device_type == kDLCUDAHost) return {};
   if (device_type == kDLCUDA || device_type == kDLCUDAManaged) return {DeviceType::kCuda, index};
   throw nb::value_error(
-      (name + " is on a device of DLPack type " + std::to_string(device_type) + ", which is neither a CPU nor CUDA").c_str());
+      (std::string(name) + " is on a device of DLPack type " + std::to_string(device_type) + ", which is neither a CPU nor CUDA").c_str());
 }
 
-[[noreturn]] void wrong_dtype(const std::string& name, const std::string& dtype) {
-  PyErr_SetString(PyExc_TypeError,
-                  (name + " has dtype " + dtype + ", which is none of float32, bfloat16, float16 and (lengths only) int32").c_str());
+[[noreturn]] void wrong_dtype(const char* name, const std::string& dtype) {
+  PyErr_SetString(
+      PyExc_TypeError,
+      (std::string(name) + " has dtype " + dtype + ", which is none of float32, bfloat16, float16 and (lengths only) int32").c_str());
   throw nb::python_error();
 }
 
-DataType dtype_of(const std::string& name, nb::dlpack::dtype dtype) {
+DataType dtype_of(const char* name, nb::dlpack::dtype dtype) {
   using Code = nb::dlpack::dtype_code;
   const auto is = [&](Code code, int bits) { return dtype.code == static_cast<uint8_t>(code) && dtype.bits == bits && dtype.lanes == 1; };
   if (is(Code::Float, 32)) return DataType::kFloat32;
@@ -77,69 +82,127 @@ DataType dtype_of(const std::string& name, nb::dlpack::dtype dtype) {
                         std::to_string(dtype.bits));
 }
 
+// Numbers and flags: what is none gets a sentence like those of the library, not the binding's.
+[[noreturn]] void wrong_type(const char* name, nb::handle value, const char* rule) {
+  PyErr_Clear();
+  const std::string text = std::string(name) + " " + nb::cast<std::string>(nb::repr(value)) + " is " + rule;
+  PyErr_SetString(PyExc_TypeError, text.c_str());
+  throw nb::python_error();
+}
+
+float real(const char* name, nb::handle value) {
+  // A tensor's gradient would be lost, and reading one may wait for a device.
+  const bool array = !PyFloat_Check(value.ptr()) && PyObject_HasAttrString(value.ptr(), "__dlpack__");
+  const double number = array ? 0 : PyFloat_AsDouble(value.ptr());
+  if (array || PyErr_Occurred()) wrong_type(name, value, "not a number of Python");
+  return static_cast<float>(number);
+}
+
+int64_t whole(const char* name, nb::handle value) {
+  const nb::object index = nb::steal(PyNumber_Index(value.ptr()));
+  const int64_t number = index.is_valid() ? PyLong_AsLongLong(index.ptr()) : -1;
+  if (PyErr_Occurred()) wrong_type(name, value, "not a whole number of 64 bits");
+  return number;
+}
+
+bool flag(const char* name, nb::handle value) {
+  if (!PyBool_Check(value.ptr())) wrong_type(name, value, "neither True nor False");
+  return value.is(Py_True);
+}
+
 struct Tensor {
   TensorView view;
   Place place;
   nb::ndarray<nb::ro> owner;  // keeps what a DLPack exporter lent
 };
 
-void set_shape(const std::string& name, TensorView& view, size_t rank, auto&& shape, auto&& stride) {
-  if (rank > view.shape.size()) throw nb::value_error((name + " has " + std::to_string(rank) + " dimensions, more than 4").c_str());
+void set_shape(const char* name, TensorView& view, size_t rank, auto&& shape, auto&& stride) {
+  if (rank > view.shape.size())
+    throw nb::value_error((std::string(name) + " has " + std::to_string(rank) + " dimensions, more than 4").c_str());
   view.rank = static_cast<int>(rank);
   for (size_t i = 0; i < rank; ++i) view.shape[i] = shape(i), view.stride[i] = stride(i);
 }
 
-// PyTorch's classes, told by tilewise.torch when it is imported: this module knows no framework by itself.
+void set_shape(const char* name, TensorView& view, const nb::tuple& shape, const nb::tuple& stride) {
+  const auto of = [](const nb::tuple& tuple) { return [&](size_t i) { return nb::cast<int64_t>(tuple[i]); }; };
+  set_shape(name, view, shape.size(), of(shape), of(stride));
+}
+
+// PyTorch's classes, told by tilewise.torch when it is imported, and the names of what is read: this module knows no framework by itself.
 struct Torch {
   nb::object tensor_type;
+  int (*read)(void* tensor, nb::dlpack::dltensor* out) = nullptr;  // lends what it writes; null where PyTorch is older than 2.10
   std::vector<std::pair<nb::object, DataType>> dtypes;
+  nb::str dtype{"dtype"}, shape{"shape"}, stride{"stride"}, data_ptr{"data_ptr"}, get_device{"get_device"}, is_cpu{"is_cpu"},
+      is_cuda{"is_cuda"};
 };
 Torch& torch() {
   static Torch& instance = *new Torch;  // never destroyed: the interpreter may go before this library
   return instance;
 }
 
-// Read by attributes: PyTorch's own DLPack export refuses tensors that require gradients, waits for streams, and takes microseconds.
-Tensor tensor_of_torch(const std::string& name, nb::handle source) {
+// What DLPack 1.2 calls its exchange interface: a type's functions for its tensors, without a trip through Python.
+struct ExchangeApi {
+  uint32_t major, minor;
+  void *previous, *allocate, *export_owned, *import_owned;
+  int (*read)(void* tensor, nb::dlpack::dltensor* out);
+  void* current_stream;
+};
+
+void set_shape_of(const char* name, TensorView& view, size_t rank, const int64_t* shape, const int64_t* stride) {
+  set_shape(
+      name, view, rank, [&](size_t i) { return shape[i]; }, [&](size_t i) { return stride[i]; });
+}
+
+// Else by attributes: PyTorch's DLPack export for Python refuses tensors that require gradients, waits for streams, and takes microseconds.
+Tensor tensor_of_torch(const char* name, nb::handle source) {
   Tensor tensor;
-  const nb::object dtype = source.attr("dtype"), shape = source.attr("shape"), stride = source.attr("stride")();
-  const auto known = std::find_if(torch().dtypes.begin(), torch().dtypes.end(), [&](const auto& entry) { return entry.first.is(dtype); });
-  if (known == torch().dtypes.end()) wrong_dtype(name, nb::cast<std::string>(nb::str(dtype)));
-  const int index = nb::cast<int>(source.attr("get_device")());
-  if (index >= 0 && !nb::cast<bool>(source.attr("is_cuda"))) {
-    throw nb::value_error(
-        (name + " is on device " + nb::cast<std::string>(nb::str(source.attr("device"))) + ", which is neither a CPU nor CUDA").c_str());
+  const Torch& names = torch();
+  if (nb::dlpack::dltensor lent; names.read) {
+    if (names.read(source.ptr(), &lent) == 0) {
+      tensor.view.data = static_cast<char*>(lent.data) + lent.byte_offset;
+      tensor.view.dtype = dtype_of(name, lent.dtype);
+      tensor.place = place_of(name, lent.device.device_type, lent.device.device_id);
+      set_shape_of(name, tensor.view, static_cast<size_t>(lent.ndim), lent.shape, lent.strides);
+      return tensor;
+    }
+    PyErr_Clear();  // the attributes say what is wrong
   }
-  tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(source.attr("data_ptr")()));
+  const auto call = [&](const nb::str& method) { return source.attr(method)(); };
+  const nb::object dtype = source.attr(names.dtype);
+  const auto known = std::find_if(names.dtypes.begin(), names.dtypes.end(), [&](const auto& entry) { return entry.first.is(dtype); });
+  if (known == names.dtypes.end()) wrong_dtype(name, nb::cast<std::string>(nb::str(dtype)));
+  const int index = nb::cast<int>(call(names.get_device));
+  if (!nb::cast<bool>(source.attr(index < 0 ? names.is_cpu : names.is_cuda))) {
+    throw nb::value_error((std::string(name) + " is on device " + nb::cast<std::string>(nb::str(nb::object(source.attr("device")))) +
+                           ", which is neither a CPU nor CUDA")
+                              .c_str());
+  }
+  tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(call(names.data_ptr)));
   tensor.view.dtype = known->second;
   if (index >= 0) tensor.place = {DeviceType::kCuda, index};
-  set_shape(
-      name, tensor.view, nb::len(shape), [&](size_t i) { return nb::cast<int64_t>(shape[i]); },
-      [&](size_t i) { return nb::cast<int64_t>(stride[i]); });
+  set_shape(name, tensor.view, nb::cast<nb::tuple>(source.attr(names.shape)), nb::cast<nb::tuple>(call(names.stride)));
   return tensor;
 }
 
-// None; a PyTorch tensor; (address, DataType, DLPack device type, device index, shape, strides in elements); or an object that speaks
+// A PyTorch tensor; (address, DataType, DLPack device type, device index, shape, strides in elements); or an object that speaks
 // DLPack. The tuple is for NumPy, whose DLPack export knows neither read-only memory nor bfloat16.
-Tensor tensor_of(const std::string& name, nb::handle source) {
+Tensor tensor_of(const char* name, nb::handle source) {
   Tensor tensor;
-  if (source.is_none()) return tensor;
   if (torch().tensor_type.is_valid() && PyObject_IsInstance(source.ptr(), torch().tensor_type.ptr()) == 1)
     return tensor_of_torch(name, source);
   if (nb::isinstance<nb::tuple>(source)) {
     const auto fields = nb::borrow<nb::tuple>(source);
-    if (fields.size() != 6) throw nb::value_error((name + " is a tuple of " + std::to_string(fields.size()) + " fields, not 6").c_str());
-    const auto shape = nb::cast<nb::tuple>(fields[4]), stride = nb::cast<nb::tuple>(fields[5]);
+    if (fields.size() != 6)
+      throw nb::value_error((std::string(name) + " is a tuple of " + std::to_string(fields.size()) + " fields, not 6").c_str());
     tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(fields[0]));
     tensor.view.dtype = static_cast<DataType>(nb::cast<int32_t>(fields[1]));
     tensor.place = place_of(name, nb::cast<int>(fields[2]), nb::cast<int>(fields[3]));
-    set_shape(
-        name, tensor.view, shape.size(), [&](size_t i) { return nb::cast<int64_t>(shape[i]); },
-        [&](size_t i) { return nb::cast<int64_t>(stride[i]); });
+    set_shape(name, tensor.view, nb::cast<nb::tuple>(fields[4]), nb::cast<nb::tuple>(fields[5]));
     return tensor;
   }
   if (!nb::try_cast(source, tensor.owner)) {
-    PyErr_SetString(PyExc_TypeError, (name + " is a " + nb::cast<std::string>(nb::str(source.type())) +
+    PyErr_SetString(PyExc_TypeError, (std::string(name) + " is a " + nb::cast<std::string>(nb::str(source.type())) +
                                       ", not an array: NumPy, PyTorch and everything with __dlpack__ will do")
                                          .c_str());
     throw nb::python_error();
@@ -148,23 +211,41 @@ Tensor tensor_of(const std::string& name, nb::handle source) {
   tensor.view.data = const_cast<void*>(static_cast<const void*>(array.data()));
   tensor.view.dtype = dtype_of(name, array.dtype());
   tensor.place = place_of(name, array.device_type(), array.device_id());
-  set_shape(
-      name, tensor.view, array.ndim(), [&](size_t i) { return static_cast<int64_t>(array.shape(i)); },
-      [&](size_t i) { return array.stride(i); });
+  set_shape_of(name, tensor.view, array.ndim(), array.shape_ptr(), array.stride_ptr());
   return tensor;
 }
 
+// A fork copies no threads, and GNU's OpenMP waits for ever for those that are missing: where it had some, the child computes with one.
+std::atomic<bool> had_threads{false}, has_lost_threads{false};
+
 Device device_of(const Place& place, int threads) {
-  return place.type == DeviceType::kCpu ? Device::cpu(threads) : value(Device::cuda(place.index));
+  if (place.type == DeviceType::kCuda) return value(Device::cuda(place.index));
+  return Device::cpu(has_lost_threads ? 1 : threads);
+}
+
+// The plan of a problem, kept for the next layer or step: making one takes microseconds. Guarded by Python's lock.
+Plan plan_for(const Problem& problem, const Device& device) {
+  static std::vector<Plan>& kept = *new std::vector<Plan>;
+  static size_t next = 0;
+  constexpr size_t kMost = 16;
+  const auto make = [&] { return value(Plan::make(problem, device)); };
+  if (std::getenv("TILEWISE_KERNEL")) return make();
+  for (const Plan& plan : kept) {
+    const Device& its = plan.device();
+    if (its.type == device.type && its.index == device.index && its.units == device.units && plan.problem() == problem) return plan;
+  }
+  if (kept.size() < kMost) return kept.emplace_back(make());
+  return kept[next++ % kMost] = make();
 }
 
 // One attention: the plan for its inputs, waiting for its outputs. Python makes it, allocates what it asks for, and runs it.
 class Call {
  public:
   Call(Pass pass, nb::handle q, nb::handle k, nb::handle v, nb::handle cu_seqlens_q, nb::handle cu_seqlens_k, nb::handle seqused_k,
-       nb::handle alibi_slopes, nb::handle sink, std::optional<float> softmax_scale, float softcap, int64_t window_left,
-       int64_t window_right, bool top_left, int64_t max_seqlen_q, int64_t max_seqlen_k, bool deterministic, int threads) {
+       nb::handle alibi_slopes, nb::handle sink, nb::handle softmax_scale, nb::handle softcap, nb::handle window_left,
+       nb::handle window_right, bool top_left, nb::handle max_seqlen_q, nb::handle max_seqlen_k, nb::handle deterministic, int threads) {
     Options options;
+    inputs_.reserve(16);  // all tensors that there are
     arguments_.q = take("q", q);
     place_ = inputs_.front().place;
     arguments_.k = take("k", k);
@@ -175,15 +256,15 @@ class Call {
     options.alibi_slopes = arguments_.alibi_slopes = take("alibi_slopes", alibi_slopes);
     options.sink = arguments_.sink = take("sink", sink);
     options.device = device_of(place_, threads);
-    options.softmax_scale = softmax_scale;
-    options.softcap = softcap;
-    options.window_left = window_left;
-    options.window_right = window_right;
+    if (!softmax_scale.is_none()) options.softmax_scale = real("softmax_scale", softmax_scale);
+    options.softcap = real("softcap", softcap);
+    options.window_left = whole("window left", window_left);
+    options.window_right = whole("window right", window_right);
     options.alignment = top_left ? Alignment::kTopLeft : Alignment::kBottomRight;
-    options.max_seqlen_q = max_seqlen_q;
-    options.max_seqlen_k = max_seqlen_k;
-    options.deterministic = deterministic;
-    plan_ = value(Plan::make(value(describe(pass, arguments_.q, arguments_.k, arguments_.v, options)), options.device));
+    options.max_seqlen_q = whole("max_seqlen_q", max_seqlen_q);
+    options.max_seqlen_k = whole("max_seqlen_k", max_seqlen_k);
+    options.deterministic = flag("deterministic", deterministic);
+    plan_ = plan_for(value(describe(pass, arguments_.q, arguments_.k, arguments_.v, options)), options.device);
   }
 
   void run(nb::handle o, nb::handle lse, nb::handle do_, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dsink,
@@ -203,6 +284,7 @@ class Call {
       workspace = reinterpret_cast<uintptr_t>(own.data());
     }
     arguments.workspace = reinterpret_cast<void*>(workspace);
+    if (place_.type == DeviceType::kCpu && plan_.device().units > 1) had_threads = true;
     Status status;
     {
       const nb::gil_scoped_release released;
@@ -216,8 +298,8 @@ class Call {
 
  private:
   TensorView take(const char* name, nb::handle source) {
-    Tensor tensor = tensor_of(name, source);
     if (source.is_none()) return {};
+    Tensor tensor = tensor_of(name, source);
     if (!inputs_.empty() && tensor.place != place_) {
       throw nb::value_error((std::string(name) + " is on " + tensor.place.name() + ", but q is on " + place_.name()).c_str());
     }
@@ -231,16 +313,25 @@ class Call {
   Plan plan_;
 };
 
-nb::ndarray<nb::array_api> empty(const std::vector<size_t>& shape, DataType dtype, int device_type, int device_index) {
+// Memory of a device as a DLPack exporter; filled where not every element will be written (with 0 where elements have 16 bits).
+nb::ndarray<nb::array_api> empty(const std::vector<size_t>& shape, DataType dtype, int device_type, int device_index,
+                                 std::optional<float> fill) {
   using Code = nb::dlpack::dtype_code;
   size_t elements = 1;
   for (const size_t extent : shape) elements *= extent;
-  const uint8_t bits = dtype == DataType::kFloat32 || dtype == DataType::kInt32 ? 32 : 16;
-  const Code code = dtype == DataType::kBFloat16 ? Code::Bfloat : dtype == DataType::kInt32 ? Code::Int : Code::Float;
-  auto* buffer = new Buffer(value(Buffer::make(device_of(place_of("the result", device_type, device_index), 0), elements * bits / 8)));
-  const nb::capsule owner(buffer, [](void* p) noexcept { delete static_cast<Buffer*>(p); });
-  return nb::ndarray<nb::array_api>(buffer->data(), shape.size(), shape.data(), owner, nullptr, {static_cast<uint8_t>(code), bits, 1},
-                                    device_type, device_index);
+  const uint8_t bits = dtype == DataType::kFloat32 ? 32 : 16;
+  const Code code = dtype == DataType::kBFloat16 ? Code::Bfloat : Code::Float;
+  const Device device = device_of(place_of("the result", device_type, device_index), 0);
+  const size_t bytes = elements * bits / 8;
+  auto buffer = std::make_unique<Buffer>(value(Buffer::make(device, bytes)));
+  if (fill) {
+    check(buffer->copy_from_host(std::vector<float>(bytes / sizeof(float) + 1, *fill).data(), bytes));
+    check(synchronize(device));  // whichever stream writes next
+  }
+  void* const data = buffer->data();
+  const nb::capsule owner(buffer.release(), [](void* p) noexcept { delete static_cast<Buffer*>(p); });
+  return nb::ndarray<nb::array_api>(data, shape.size(), shape.data(), owner, nullptr, {static_cast<uint8_t>(code), bits, 1}, device_type,
+                                    device_index);
 }
 
 }  // namespace
@@ -248,6 +339,7 @@ nb::ndarray<nb::array_api> empty(const std::vector<size_t>& shape, DataType dtyp
 NB_MODULE(_core, m) {
   m.doc() = "Exact attention: the C++ API that the rest of the package is built on.";
   m.attr("__version__") = tw_version();
+  pthread_atfork(nullptr, nullptr, [] { has_lost_threads = has_lost_threads || had_threads; });
 
   nb::enum_<Pass>(m, "Pass").value("FORWARD", Pass::kForward).value("BACKWARD", Pass::kBackward);
   nb::enum_<DataType>(m, "DataType", nb::is_arithmetic())
@@ -305,27 +397,35 @@ NB_MODULE(_core, m) {
       });
 
   nb::class_<Call>(m, "Call", "One attention: planned from its inputs, then run on outputs that the caller allocates.")
-      .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
-                    std::optional<float>, float, int64_t, int64_t, bool, int64_t, int64_t, bool, int>(),
+      .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
+                    nb::handle, nb::handle, nb::handle, bool, nb::handle, nb::handle, nb::handle, int>(),
            "pass_"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "cu_seqlens_q"_a.none(), "cu_seqlens_k"_a.none(), "seqused_k"_a.none(),
-           "alibi_slopes"_a.none(), "sink"_a.none(), "softmax_scale"_a.none(), "softcap"_a, "window_left"_a, "window_right"_a, "top_left"_a,
-           "max_seqlen_q"_a, "max_seqlen_k"_a, "deterministic"_a, "threads"_a)
+           "alibi_slopes"_a.none(), "sink"_a.none(), "softmax_scale"_a.none(), "softcap"_a.none(), "window_left"_a.none(),
+           "window_right"_a.none(), "top_left"_a, "max_seqlen_q"_a.none(), "max_seqlen_k"_a.none(), "deterministic"_a.none(), "threads"_a)
       .def("run", &Call::run, "o"_a.none(), "lse"_a.none(), "do"_a.none() = nb::none(), "dlse"_a.none() = nb::none(),
            "dq"_a.none() = nb::none(), "dk"_a.none() = nb::none(), "dv"_a.none() = nb::none(), "dsink"_a.none() = nb::none(),
            "workspace"_a = 0, "stream"_a = 0)
       .def_prop_ro("kernel", [](const Call& call) { return std::string(call.plan().kernel()); })
       .def_prop_ro("problem", [](const Call& call) { return call.plan().problem().to_string(); })
+      .def_prop_ro("dtype", [](const Call& call) { return call.plan().problem().dtype; })
       .def_prop_ro("workspace_bytes", [](const Call& call) { return call.plan().workspace_bytes(); });
 
   m.def(
       "use_torch",
       [](nb::object tensor_type, nb::dict dtypes) {
         torch().tensor_type = std::move(tensor_type);
+        if (nb::hasattr(torch().tensor_type, "__dlpack_c_exchange_api__")) {
+          const nb::object capsule = torch().tensor_type.attr("__dlpack_c_exchange_api__");
+          const auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+          if (!api) throw nb::python_error();
+          if (api->major == 1) torch().read = api->read;
+        }
         torch().dtypes.clear();
         for (auto [dtype, ours] : dtypes) torch().dtypes.emplace_back(nb::borrow(dtype), nb::cast<DataType>(ours));
       },
       "tensor_type"_a, "dtypes"_a, "Tells what PyTorch's tensors are: torch.Tensor, and DataType by torch.dtype.");
-  m.def("empty", &empty, "shape"_a, "dtype"_a, "device_type"_a, "device_index"_a, "Memory of a device as an array that speaks DLPack.");
+  m.def("empty", &empty, "shape"_a, "dtype"_a, "device_type"_a, "device_index"_a, "fill"_a.none(),
+        "Memory of a device as an array that speaks DLPack.");
   m.def(
       "synchronize", [](int index) { check(synchronize(value(Device::cuda(index)))); }, "index"_a, "Waits for a CUDA device.");
   m.def("devices", &Device::all, "Every processor that attention can run on here: the CPU, then the NVIDIA GPUs.");

@@ -1,11 +1,13 @@
 """attention() for arrays of any framework: NumPy, CuPy, JAX and whatever else speaks DLPack. PyTorch's tensors go to tilewise.torch."""
 
+import math
 import sys
 from typing import Any, Literal, NamedTuple
 
 from . import _core
 
 _CPU, _CUDA = 1, 2  # DLPack's device types
+_FLOAT32 = _core.DataType.FLOAT32
 _NUMPY_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int32": 3}  # _core.DataType
 Alignment = Literal["bottom_right", "top_left"]
 
@@ -52,8 +54,9 @@ def attention(
     softmax_scale: 1/sqrt(head_dim) where not given. softcap: s becomes softcap * tanh(s / softcap) where above 0.
     alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q]. sink: float32 [num_heads_q], a logit that takes part in the sum.
     cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
-    max_seqlen_q, max_seqlen_k: upper bounds of their lengths; 0: read from cu_seqlens on a CPU, all rows on a GPU.
-    seqused_k: int32 [batch], caps the keys of each sequence.
+    max_seqlen_q, max_seqlen_k: upper bounds of their lengths; 0: read from cu_seqlens on a CPU, all rows on a GPU. Rows before the first
+    sequence and after the last are 0, their lse -inf.
+    seqused_k: int32 [batch], caps the keys of each sequence; one below 0 counts as 0, one above the sequence's length as its length.
     deterministic: bitwise repeatable gradients; on a CPU they always are.
 
     Returns o, shaped as q with head_dim_v, in q's framework; with return_lse (o, lse), where lse is float32 [batch, num_heads_q, seqlen_q]
@@ -69,10 +72,11 @@ def attention(
         return torch.attention(**options)
     want_lse = options.pop("return_lse")
     call, framework = _plan(_core.Pass.FORWARD, **options)
-    o, o_view = framework.empty((*q.shape[:-1], v.shape[-1]))
+    packed = cu_seqlens_q is not None  # rows of no sequence are not written: they are what rows that see nothing are
+    o, o_view = framework.empty((*q.shape[:-1], v.shape[-1]), call.dtype, 0.0 if packed else None)
     lse = lse_view = None
     if want_lse:
-        lse, lse_view = framework.empty(_lse_shape(q), float32=True)
+        lse, lse_view = framework.empty(_lse_shape(q), _FLOAT32, -math.inf if packed else None)
     call.run(o_view, lse_view, stream=framework.stream)
     framework.finish()
     return (framework.give(o), framework.give(lse)) if want_lse else framework.give(o)
@@ -112,10 +116,11 @@ def attention_backward(
     if _is_torch(q):
         raise TypeError("q is a PyTorch tensor, whose gradients autograd computes: call attention() and backward()")
     call, framework = _plan(_core.Pass.BACKWARD, **options)
-    (dq, dq_view), (dk, dk_view), (dv, dv_view) = (framework.empty(tuple(x.shape)) for x in (q, k, v))
+    unwritten = 0.0 if cu_seqlens_q is not None else None
+    (dq, dq_view), (dk, dk_view), (dv, dv_view) = (framework.empty(tuple(x.shape), call.dtype, unwritten) for x in (q, k, v))
     dsink = dsink_view = None
     if sink is not None:
-        dsink, dsink_view = framework.empty(tuple(sink.shape), float32=True)
+        dsink, dsink_view = framework.empty(tuple(sink.shape), _FLOAT32)
     inputs = {name: framework.view(name, array) for name, array in arrays.items()}
     call.run(**inputs, dq=dq_view, dk=dk_view, dv=dv_view, dsink=dsink_view, stream=framework.stream)
     framework.finish()
@@ -124,6 +129,8 @@ def attention_backward(
 
 def band(causal: bool, window: tuple[int | None, int | None], alignment: Alignment) -> tuple[int, int, bool]:
     """window_left, window_right and whether the diagonal starts at the top left; causal is window_right 0."""
+    if type(window) is tuple and window == (-1, -1) and type(causal) is bool and alignment == "bottom_right":
+        return -1, 0 if causal else -1, False  # what nearly everybody asks for
     if causal not in (True, False):
         raise ValueError(f"causal {causal!r} is neither True nor False")
     if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(side is None or hasattr(side, "__index__") for side in window):
@@ -183,6 +190,8 @@ class _NumPy:
             return None
         if not _is_numpy(x):
             raise TypeError(f"{name} is a {type(x).__name__}, but q is a NumPy array")
+        if hasattr(x, "mask"):  # numpy.ma's, which numpy need not have imported
+            raise TypeError(f"{name} is a {type(x).__name__}, whose mask tilewise does not read: fill it")
         dtype = _NUMPY_TYPES.get(x.dtype.name) if x.dtype.isnative else None
         if dtype is None:
             raise TypeError(f"{name} has dtype {x.dtype.str if not x.dtype.isnative else x.dtype.name}, which is none of {', '.join(_NUMPY_TYPES)}")
@@ -190,11 +199,11 @@ class _NumPy:
             raise ValueError(f"{name} has strides of {x.strides} bytes, which are no multiples of its element size {x.itemsize}")
         return x.ctypes.data, dtype, _CPU, 0, x.shape, tuple(stride // x.itemsize for stride in x.strides)
 
-    def empty(self, shape, float32=False):
+    def empty(self, shape, dtype, fill=None):
         import numpy
 
-        # Rows of a packed tensor that are in no sequence are not written.
-        array = numpy.zeros(shape, numpy.float32 if float32 else self._dtype)
+        dtype = numpy.float32 if dtype == _FLOAT32 else self._dtype
+        array = numpy.empty(shape, dtype) if fill is None else numpy.full(shape, fill, dtype)
         return array, self.view("the result", array)
 
     def finish(self):
@@ -211,23 +220,21 @@ class _DLPack:
     def __init__(self, q):
         if not hasattr(q, "__dlpack_device__"):
             raise TypeError(f"q is a {type(q).__name__}, not an array: NumPy, PyTorch and everything with __dlpack__ will do")
-        self._device = tuple(int(x) for x in q.__dlpack_device__())
-        self._cuda = self._device[0] not in (_CPU, 3)  # 3: pinned memory of the host
+        device_type, index = (int(x) for x in q.__dlpack_device__())
+        self._cuda = device_type not in (_CPU, 3)  # 3: pinned memory of the host
+        self._device = (_CUDA, index) if self._cuda else (_CPU, 0)
         self._cupy = type(q).__module__.partition(".")[0] == "cupy"
         self._from_dlpack = self._importer(q)
-        self._dtype = None
         self.stream = sys.modules["cupy"].cuda.get_current_stream().ptr if self._cuda and self._cupy else 0
 
     def view(self, name, x):
         if x is None or not hasattr(x, "__dlpack__"):
             return x  # _core says what is wrong with it
-        if name == "q":
-            self._dtype = _NUMPY_TYPES.get(str(x.dtype), 0)  # what else it may be, _core refuses
         # DLPack's 1 is CUDA's default stream: the producer makes it wait for what it has in flight.
         return x.__dlpack__(stream=self.stream or 1) if self._cuda else x
 
-    def empty(self, shape, float32=False):
-        array = _core.empty(shape, _core.DataType(0 if float32 else self._dtype), *self._device)
+    def empty(self, shape, dtype, fill=None):
+        array = _core.empty(shape, dtype, *self._device, fill)
         return array, array
 
     def finish(self):

@@ -34,8 +34,9 @@ def _attend(q, k, v, *, causal, window_size, softcap, alibi_slopes, deterministi
             continue
         if name not in _NEUTRAL:
             raise TypeError(f"unexpected keyword argument {name!r}")
-        if value is not None and value != _NEUTRAL[name]:
-            raise NotImplementedError(f"{name} is given, and tilewise does not have it yet")
+        if value is not None and (hasattr(value, "shape") or value != _NEUTRAL[name]):
+            given = f"a tensor of shape {list(value.shape)}" if hasattr(value, "shape") else repr(value)
+            raise NotImplementedError(f"{name} is {given}, and tilewise has only {_NEUTRAL[name]!r} yet")
     left, right = (-1 if side is None or side < 0 else side for side in window_size)
     o, lse = attention(
         q,

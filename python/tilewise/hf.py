@@ -3,10 +3,10 @@
 Transformers asks an implementation for two functions: one that attends, and one that turns a model's mask into what the first wants.
 Without the second the mask is silently None. Here a mask is one of
 
-    None                no padding; the layer says whether it is causal
-    [batch, keys]       not 0 for keys that are no padding; with the band that the model's mask function describes, where it is known
+    [batch, keys]       not 0 for keys that are no padding; with the band that the model's mask function describes
     [batch, 1, keys]    the sequence that a token belongs to, where several are packed into a row
     4 dimensions        a model's own, or one that is none of the above: taken where it is a band and padding, else refused
+    None                the model asked for no mask, or torch.compile runs and nothing is padded: the layer says whether it is causal
 
 so nothing of size queries x keys is made for causal masks, windows and padding. Masks are read outside of torch.compile's graphs: what is in
 them decides what is computed.
@@ -36,12 +36,15 @@ def register(name: str = "tilewise") -> None:
     AttentionMaskInterface.register(name, mask)
 
 
-@torch.compiler.disable
-def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=None, cache_position=None, q_length=None, q_offset=0, **others):
-    """The mask function: what Transformers knows about a mask, as attention() wants it. See the head of this file.
+def mask(*batch_size, **options):
+    """The mask function: what Transformers knows about a mask, as attention() wants it. See the head of this file."""
+    return _mask(*batch_size, compiling=torch.compiler.is_compiling(), **options)
 
-    Transformers describes the queries by q_length and q_offset, a year ago by cache_position.
-    """
+
+# Transformers describes the queries by q_length and q_offset, a year ago by cache_position.
+@torch.compiler.disable
+def _mask(batch_size, *, compiling, kv_length, kv_offset=0, mask_function, attention_mask=None, cache_position=None, q_length=None, q_offset=0,
+          **others):  # fmt: skip
     _check_model(others.get("config"))
     if q_length is None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
@@ -56,9 +59,14 @@ def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=No
             return _with_band(segments.expand(batch_size, -1)[:, None], band)
         if segments is None and aligned:
             keys = _keys(attention_mask, kv_length, kv_offset)
-            if keys is None and band[0] >= 0:  # a layer must not forget its window
-                keys = torch.ones(batch_size, kv_length, dtype=torch.bool, device=others.get("device") or getattr(cache_position, "device", None))
-            return None if keys is None else _with_band(keys, band)
+            may_skip = others.get("allow_is_bidirectional_skip" if band == (-1, -1) else "allow_is_causal_skip", True)
+            if keys is None and compiling and may_skip and band[0] < 0:
+                return None  # a mask breaks the graph at each layer; that a layer forgets its window is worse
+            if keys is None:
+                device = others.get("device") or getattr(cache_position, "device", None)
+                keys = torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch_size, kv_length)
+                keys._tilewise_whole = True
+            return _with_band(keys, band)
     positions = {"cache_position": cache_position} if cache_position is not None else {"q_length": q_length, "q_offset": q_offset}
     others.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, allow_torch_fix=False)
     from transformers.masking_utils import sdpa_mask
@@ -99,6 +107,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
 @torch.compiler.disable
 def _masked(q, k, v, attention_mask, band, options):
     band = getattr(attention_mask, "_tilewise_band", band)
+    if getattr(attention_mask, "_tilewise_whole", False):
+        return attend(q, k, v, window=band, **options)
     if attention_mask.dim() == 3:
         starts = _starts(attention_mask[:, 0])
         return _packed(q, k, v, starts, starts, None, None, window=band, **options)

@@ -6,6 +6,8 @@ addresses, so that one build serves every PyTorch from 2.4 on.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from . import _core
@@ -20,6 +22,7 @@ _core.use_torch(
         torch.int32: _core.DataType.INT32,
     },
 )
+_FORWARD, _BACKWARD = _core.Pass.FORWARD, _core.Pass.BACKWARD
 _WORKSPACE_ALIGNMENT = 256
 _SINK = 4  # place of sink among the options, the last that is a tensor
 
@@ -70,10 +73,37 @@ def attention(
         raise NotImplementedError("alibi_slopes requires a gradient, which tilewise does not compute: detach it")
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     # fmt: off
-    o, lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, softmax_scale, softcap, left, right, top_left,
-                      max_seqlen_q, max_seqlen_k, deterministic)
+    options = (cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, softmax_scale, softcap, left, right, top_left, max_seqlen_q,
+               max_seqlen_k, deterministic)
     # fmt: on
+    if torch.compiler.is_compiling() or _observed((q, k, v, *options[: _SINK + 1])):
+        o, lse = _forward(q, k, v, *options)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad):
+        o, lse = _attend(_forward_kernel, q, k, v, sink, options)
+    else:
+        o, lse = _forward_kernel(q, k, v, *options, want_lse=return_lse)
     return (o, lse) if return_lse else o
+
+
+def _observed(tensors):
+    """Whether anything of PyTorch's stands between a call and the kernels: a mode, a transform, autocast, a profiler, a tensor that is no
+    plain one of a CPU or CUDA. Where nothing does, calling the kernels directly saves the dispatcher's ways to Python and back: 10
+    microseconds forward, 25 with gradients (EPYC, torch 2.13)."""
+    for x in tensors:
+        if x is not None and (type(x) is not torch.Tensor or x.is_neg()):
+            return True
+    C, q = torch._C, tensors[0]
+    cuda = q.is_cuda
+    return bool(
+        not (cuda or q.is_cpu)
+        or C._len_torch_dispatch_stack()
+        or C._is_torch_function_mode_enabled()
+        or C._are_functorch_transforms_active()
+        or C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cuda" if cuda else "cpu")
+    )
 
 
 # --- The operators on real memory ---
@@ -81,52 +111,61 @@ def attention(
 
 def _rows(x):
     """x, copied only where its last dimension is not contiguous: transposes, and the expanded gradients of sums."""
-    return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _threads(q):
-    return 0 if q.is_cuda else torch.get_num_threads()
+def _gradient(do):
+    """do as kernels of a GPU read it, rows at multiples of 16 bytes: it is autograd's, so that nobody can be asked to align it."""
+    do = _rows(do)
+    aligned = not do.is_cuda or do.data_ptr() % 16 == 0 and not any(stride % 8 for stride in do.stride()[:-1])
+    return do if aligned else do.clone(memory_format=torch.contiguous_format)
+
+
+def _place(q):
+    """Threads of the CPU and the stream of a GPU that PyTorch would use now."""
+    return (0, torch._C._cuda_getCurrentRawStream(q.get_device())) if q.is_cuda else (torch.get_num_threads(), 0)
 
 
 def _workspace(call, q):
-    """Memory of PyTorch's allocator, and the first address in it that is aligned: CUDA graphs can capture it."""
-    if not call.workspace_bytes:
+    """On a GPU memory of PyTorch's allocator, so that CUDA graphs can capture it, and the first address in it that is aligned."""
+    if not q.is_cuda or not call.workspace_bytes:
         return None, 0
     memory = torch.empty(call.workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=q.device)
     return memory, -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
 
 
-def _stream(q):
-    return torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-
-
-def _forward_kernel(q, k, v, *options):
+def _forward_kernel(q, k, v, *options, want_lse=True):
     q, k, v = _rows(q), _rows(k), _rows(v)
-    call = _core.Call(_core.Pass.FORWARD, q, k, v, *options, _threads(q))
-    o, lse = _forward_outputs(q, v)
+    threads, stream = _place(q)
+    call = _core.Call(_FORWARD, q, k, v, *options, threads)
+    o, lse = _forward_outputs(q, v, want_lse)
     memory, workspace = _workspace(call, q)
-    call.run(o, lse, workspace=workspace, stream=_stream(q))
+    call.run(o, lse, workspace=workspace, stream=stream)
     return o, lse
 
 
 def _backward_kernel(do, dlse, q, k, v, o, lse, *options):
-    do, dlse, q, k, v = _rows(do), _rows(dlse), _rows(q), _rows(k), _rows(v)
-    call = _core.Call(_core.Pass.BACKWARD, q, k, v, *options, _threads(q))
+    do, dlse, q, k, v = _gradient(do), _rows(dlse), _rows(q), _rows(k), _rows(v)
+    threads, stream = _place(q)
+    call = _core.Call(_BACKWARD, q, k, v, *options, threads)
     has_sink = options[_SINK] is not None
     dq, dk, dv, dsink = _backward_outputs(q, k, v, options[_SINK])
     memory, workspace = _workspace(call, q)
-    call.run(o, lse, do, dlse, dq, dk, dv, dsink if has_sink else None, workspace, _stream(q))
+    call.run(o, lse, do, dlse, dq, dk, dv, dsink if has_sink else None, workspace, stream)
     return dq, dk, dv, dsink
 
 
 # --- What torch.compile needs to know: the same shapes without memory ---
 
 
-def _forward_outputs(q, v):
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+def _forward_outputs(q, v, want_lse=True):
     if q.dim() == 3:  # rows of no sequence are not written: 0, as rows that see nothing
-        return q.new_zeros((*q.shape[:-1], v.shape[-1])), q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
+        rows, heads, _ = q.shape
+        return q.new_zeros((rows, heads, v.shape[-1])), q.new_full((heads, rows), -torch.inf, dtype=torch.float32) if want_lse else None
+    batch, seqlen, heads, dim = q.shape
+    like_q = dim == v.shape[-1] and q.is_contiguous()  # half a microsecond cheaper
+    o = torch.empty_like(q) if like_q else q.new_empty((batch, seqlen, heads, v.shape[-1]))
+    return o, q.new_empty((batch, heads, seqlen), dtype=torch.float32) if want_lse else None
 
 
 def _backward_outputs(q, k, v, sink):
@@ -156,9 +195,8 @@ def _backward_fake(do, dlse, q, k, v, o, lse, *options):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, *options):
-        with torch._C._AutoDispatchBelowAutograd():
-            o, lse = _forward(q, k, v, *options)
+    def forward(ctx, run, q, k, v, sink, options):
+        o, lse = run(q, k, v, *options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, o, lse, *options[: _SINK + 1])
         ctx.options = options[_SINK + 1 :]
@@ -166,25 +204,40 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, o, lse, *tensors = ctx.saved_tensors
-        none = (None,) * (_SINK + len(ctx.options))
         if do is None and dlse is None:
-            return (None,) * (len(none) + 4)
+            return (None,) * 6
+        q, k, v, o, lse, *tensors = ctx.saved_tensors
         if do is None:  # the loss depends on lse alone
             do = torch.zeros_like(o)
-        dq, dk, dv, dsink = _backward(do, dlse, q, k, v, o, lse, *tensors, *ctx.options)
-        return dq, dk, dv, *none[:_SINK], None if tensors[_SINK] is None else dsink, *none[_SINK:]
+        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed((q, do, dlse, k, v, *tensors)))
+        run = _backward_kernel if direct else _backward
+        dq, dk, dv, dsink = run(do, dlse, q, k, v, o, lse, *tensors, *ctx.options)
+        return None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None
+
+
+# Function.apply without what it does for torch.func, which _apply() does. An argument costs 0.1 us: those without a gradient come as one.
+_attend = super(torch.autograd.Function, _Attention).apply
 
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(*arguments)
+    def forward(ctx, run, *arguments):
+        return run(*arguments)
 
     @staticmethod
     def backward(ctx, *gradients):
         raise NotImplementedError("attention can be differentiated once: tilewise has no gradient of its backward")
+
+
+_differentiate = super(torch.autograd.Function, _Gradient).apply
+
+
+def _apply(apply, run, *arguments):
+    """apply(run, *arguments), inside of torch.func's transforms too: at the level where it is called, as PyTorch's own operators do it."""
+    if not torch._C._are_functorch_transforms_active():
+        return apply(run, *arguments)
+    with torch._functorch.autograd_function.enable_single_level_autograd_function():
+        return apply(torch.enable_grad()(run), *arguments)  # apply() turns gradients off, which the levels below may need
 
 
 def _refuse_tangents(arguments):
@@ -193,14 +246,17 @@ def _refuse_tangents(arguments):
             raise NotImplementedError("a tensor has a tangent: tilewise has gradients in reverse mode, none in forward mode")
 
 
-def _differentiable(operator, function):
+def _differentiable(operator, apply):
+    def below(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
     def call(*arguments):
         if torch.autograd.forward_ad._current_level >= 0:
             _refuse_tangents(arguments)
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
-            return function.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
+            return apply(below, arguments)
+        return below(*arguments)
 
     return call
 
@@ -221,8 +277,8 @@ for _key in ("CPU", "CUDA"):
     _library.impl("forward", _forward_kernel, _key)
     _library.impl("backward", _backward_kernel, _key)
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
-_library.impl("forward", _differentiable(_forward, _Attention), "Autograd")
-_library.impl("backward", _differentiable(_backward, _Gradient), "Autograd")
+_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(_attend, run, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
+_library.impl("backward", _differentiable(_backward, lambda run, x: _apply(_differentiate, run, *x)), "Autograd")
 torch.library.register_fake("tilewise::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tilewise::backward", _backward_fake, lib=_library)
 
@@ -234,9 +290,9 @@ def install() -> None:
     """Registers "tilewise" as an implementation of torch.nn.functional.scaled_dot_product_attention, on CPUs and CUDA.
 
     torch.nn.attention.activate_flash_attention_impl("tilewise") then uses it wherever PyTorch would use its flash kernel, and
-    restore_flash_attention_impl() ends that. Nothing happens on import. On a CPU calls with attn_mask or float64, which tilewise does not
-    have, go to PyTorch's own kernel as before; dropout raises NotImplementedError. Raises RuntimeError where the installed PyTorch has no
-    register_flash_attention_impl.
+    restore_flash_attention_impl() ends that. Nothing happens on import. On a CPU PyTorch's own kernels compute, as they did before, what
+    tilewise does not have: attn_mask, float64, and dropout, which PyTorch never hands to a flash kernel there. On CUDA dropout_p above 0
+    raises NotImplementedError. Raises RuntimeError where the installed PyTorch has no register_flash_attention_impl.
     """
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         raise RuntimeError(f"torch {torch.__version__} has no torch.nn.attention.register_flash_attention_impl: install a newer one")
@@ -258,7 +314,9 @@ class _Sdpa:
             ("_flash_attention_forward", _flash, "CUDA"),
             ("_flash_attention_backward", _flash_backward, "CUDA"),
         ):
-            self._aten.impl(name, function, key, with_keyset=key == "CPU", allow_override=True)
+            with warnings.catch_warnings():  # that a kernel is overridden is what was asked for
+                warnings.simplefilter("ignore")
+                self._aten.impl(name, function, key, with_keyset=key == "CPU", allow_override=True)
 
     def remove(self):
         self._aten._destroy()
@@ -329,6 +387,10 @@ def _flash(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, re
     _no_dropout(dropout_p)
     if block_table is not None:
         raise NotImplementedError("block_table is given, and tilewise has no paged key/value cache yet")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        for name, given in (("seqused_k", seqused_k), ("alibi_slopes", alibi_slopes)):
+            if given is not None:
+                raise NotImplementedError(f"{name} is given and a gradient wanted, but PyTorch does not tell {name} to the backward operator")
     options = _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, window_size_left, window_size_right, seqused_k, alibi_slopes)
     return *_forward(q, k, v, *options), *_no_dropout_state(q)
 

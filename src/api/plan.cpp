@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "api/arguments.h"
+#include "core/config.h"
 #include "registry/kernel.h"
 #include "tilewise/memory.hpp"
 
@@ -67,6 +68,12 @@ int64_t longest(const Options& options, const TensorView& cu_seqlens, int64_t to
   return std::min(most, total);
 }
 
+// An upper bound of the lengths: the caller's or the longest, and as much as the problem's rows need, since some may be in no sequence.
+int64_t bound(const Options& options, const TensorView& cu_seqlens, int64_t given, int64_t total, int64_t batch) {
+  const int64_t most = given ? given : longest(options, cu_seqlens, total);
+  return batch > 0 ? std::max(most, ceil_div(total, batch)) : most;
+}
+
 }  // namespace
 
 // Only what is read here is checked here: plan.run() checks the rest.
@@ -87,18 +94,31 @@ Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, co
   if (options.causal && options.window_right > 0) {
     return invalid_argument("window_right " + std::to_string(options.window_right) + " contradicts causal, which is window_right 0");
   }
+  struct Length {
+    const char* name;
+    int64_t value;
+  };
+  for (const Length& length : {Length{"max_seqlen_q", options.max_seqlen_q}, Length{"max_seqlen_k", options.max_seqlen_k}}) {
+    const char* rule = length.value < 0            ? " is negative"
+                       : length.value > kMaxSeqlen ? " is more than 2^30 - 2"
+                       : length.value && !p.packed ? " is given, but it is a bound of packed sequences, and no cu_seqlens is given"
+                                                   : nullptr;
+    if (rule) return invalid_argument(length.name + (' ' + std::to_string(length.value)) + rule);
+  }
   p.pass = pass;
   p.dtype = q.dtype;
   if (p.packed) {
-    if (options.cu_seqlens_q.rank != 1) {
-      return invalid_argument("cu_seqlens_q has " + std::to_string(options.cu_seqlens_q.rank) +
-                              " dimensions, but it has shape [batch + 1]");
+    const TensorView& starts = options.cu_seqlens_q;
+    if (!starts) return invalid_argument("cu_seqlens_q is missing: packed tensors (cu_seqlens_k is given) need it");
+    if (starts.rank != 1) {
+      return invalid_argument("cu_seqlens_q has " + std::to_string(starts.rank) + " dimensions, but it has shape [batch + 1]");
     }
+    if (starts.shape[0] < 1) return invalid_argument("cu_seqlens_q has shape [0], but it has shape [batch + 1]");
     p.batch = options.cu_seqlens_q.shape[0] - 1;
     p.total_q = q.shape[0];
     p.total_k = k.shape[0];
-    p.seqlen_q = options.max_seqlen_q ? options.max_seqlen_q : longest(options, options.cu_seqlens_q, p.total_q);
-    p.seqlen_k = options.max_seqlen_k ? options.max_seqlen_k : longest(options, options.cu_seqlens_k, p.total_k);
+    p.seqlen_q = bound(options, options.cu_seqlens_q, options.max_seqlen_q, p.total_q, p.batch);
+    p.seqlen_k = bound(options, options.cu_seqlens_k, options.max_seqlen_k, p.total_k, p.batch);
   } else {
     p.batch = q.shape[0];
     p.seqlen_q = q.shape[1];

@@ -126,13 +126,13 @@ Params make_params(const Isa& isa, const Problem& p, const Device& device, const
 }
 
 // Packed lengths are the caller's data: a wrong one would lead outside the tensors.
-Status check_lengths(const char* name, const int* cu_seqlens, int64_t batch, int64_t longest, int64_t total) {
+Status check_lengths(const char* name, const char* above, const int* cu_seqlens, int64_t batch, int64_t longest, int64_t total) {
   if (!cu_seqlens) return {};
   for (int64_t b = 0; b <= batch; ++b) {
     const int64_t begin = b == 0 ? 0 : cu_seqlens[b - 1], end = cu_seqlens[b];
     const char* rule = end < begin                      ? ", below the one before it: "
                        : end > total                    ? ", above the rows of the tensor: "
-                       : b > 0 && end - begin > longest ? ", a sequence above the problem's bound: "
+                       : b > 0 && end - begin > longest ? above
                                                         : nullptr;
     if (!rule) continue;
     const int64_t bound = end < begin ? begin : end > total ? total : longest;
@@ -142,8 +142,11 @@ Status check_lengths(const char* name, const int* cu_seqlens, int64_t batch, int
 }
 
 Status check_lengths(const Problem& p, const Params& params) {
-  Status status = check_lengths("cu_seqlens_q", params.cu_seqlens_q, p.batch, p.seqlen_q, p.total_q);
-  return status.ok() ? check_lengths("cu_seqlens_k", params.cu_seqlens_k, p.batch, p.seqlen_k, p.total_k) : status;
+  Status status = check_lengths("cu_seqlens_q", ", a sequence longer than max_seqlen_q (the problem's q): ", params.cu_seqlens_q, p.batch,
+                                p.seqlen_q, p.total_q);
+  return status.ok() ? check_lengths("cu_seqlens_k", ", a sequence longer than max_seqlen_k (the problem's k): ", params.cu_seqlens_k,
+                                     p.batch, p.seqlen_k, p.total_k)
+                     : status;
 }
 
 // Calls work(item, scratch of this thread) for every item, in order of the items, each by whichever thread is free.

@@ -410,6 +410,20 @@ TEST(Describe, IsTheProblemOfTheTensors) {
   packed.cu_seqlens_k = TensorView::contiguous(starts_k.data(), DataType::kInt32, {4});
   const TensorView rows_q = view({10, 4, 16}, DataType::kFloat32), rows_k = view({11, 4, 16}, DataType::kFloat32);
   EXPECT_EQ(describe(Pass::kForward, rows_q, rows_k, rows_k, packed).value().to_string(), "fwd b3 q7 k5 h4 d16 fp32 packed tq10 tk11");
+  const TensorView more_rows = view({40, 4, 16}, DataType::kFloat32);  // some in no sequence: the bound leaves room for all
+  EXPECT_EQ(describe(Pass::kForward, rows_q, more_rows, more_rows, packed).value().seqlen_k, 14);
+  const auto refusal = [&](auto change) {
+    Options changed = packed;
+    change(changed);
+    return describe(Pass::kForward, rows_q, rows_k, rows_k, changed).status().message();
+  };
+  EXPECT_EQ(refusal([](Options& o) { o.max_seqlen_q = -3; }), "max_seqlen_q -3 is negative");
+  EXPECT_EQ(refusal([](Options& o) { o.max_seqlen_k = int64_t{1} << 40; }), "max_seqlen_k 1099511627776 is more than 2^30 - 2");
+  EXPECT_EQ(refusal([](Options& o) { o.cu_seqlens_q = {}; }), "cu_seqlens_q is missing: packed tensors (cu_seqlens_k is given) need it");
+  EXPECT_EQ(refusal([](Options& o) { o.cu_seqlens_q.shape[0] = 0; }), "cu_seqlens_q has shape [0], but it has shape [batch + 1]");
+  options.max_seqlen_k = 9;
+  EXPECT_EQ(describe(Pass::kForward, q, k, v, options).status().message(),
+            "max_seqlen_k 9 is given, but it is a bound of packed sequences, and no cu_seqlens is given");
   EXPECT_EQ(describe(Pass::kForward, q, rows_k, v).status().message(),
             "k has 3 dimensions, but tensors have 4 where no cu_seqlens is given");
 }

@@ -129,11 +129,11 @@ TEST_P(Contract, WrongLengthsAreRefused) {
     expect_refused(false, {-1, 5, 10, 20}, "cu_seqlens_q[0] is -1, below the one before it: 0");
     expect_refused(false, {0, 10, 9, 20}, "cu_seqlens_q[2] is 9, below the one before it: 10");
     expect_refused(false, {0, 10, 25, 41}, "cu_seqlens_q[3] is 41, above the rows of the tensor: 40");
-    expect_refused(false, {0, 10, 31, 40}, "cu_seqlens_q[2] is 31, a sequence above the problem's bound: 20");
+    expect_refused(false, {0, 10, 31, 40}, "cu_seqlens_q[2] is 31, a sequence longer than max_seqlen_q (the problem's q): 20");
     expect_refused(true, {-7, 5, 10, 20}, "cu_seqlens_k[0] is -7, below the one before it: 0");
     expect_refused(true, {0, 10, 20, 19}, "cu_seqlens_k[3] is 19, below the one before it: 20");
     expect_refused(true, {61, 61, 61, 61}, "cu_seqlens_k[0] is 61, above the rows of the tensor: 60");
-    expect_refused(true, {0, 31, 40, 60}, "cu_seqlens_k[1] is 31, a sequence above the problem's bound: 30");
+    expect_refused(true, {0, 31, 40, 60}, "cu_seqlens_k[1] is 31, a sequence longer than max_seqlen_k (the problem's k): 30");
   }
 }
 

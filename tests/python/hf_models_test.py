@@ -155,6 +155,31 @@ def test_greedy_generation_with_cache(family, side, monkeypatch):
     assert count.calls == 8 * eager.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("side", ["none", "right"])
+def test_the_models_mask_counts_where_a_layer_says_otherwise(side):
+    """AIMv2's text layers say that they are not causal; their model hands them a causal mask, or none at all."""
+    options = dict(COMMON, max_position_embeddings=32, eos_token_id=1, attention_dropout=0.0)
+    del options["pad_token_id"]
+    eager, ours = pair_of("Aimv2TextConfig", "Aimv2TextModel", options)
+    ids, keep = batch_of(side)
+    with torch.no_grad():
+        expected, got = (model(input_ids=ids, attention_mask=keep).last_hidden_state for model in (eager, ours))
+        torch.testing.assert_close(got[keep.bool()], expected[keep.bool()], rtol=2e-4, atol=2e-5)
+        expected, got = (model(input_ids=ids).last_hidden_state for model in (eager, ours))
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("may_skip", [False, True])
+def test_a_mask_is_left_out_only_where_that_is_allowed(compiling, may_skip):
+    from transformers.masking_utils import causal_mask_function
+
+    options = dict(kv_length=5, q_length=5, mask_function=causal_mask_function, allow_is_causal_skip=may_skip)
+    mask = tilewise.hf._mask(2, compiling=compiling, **options)
+    assert (mask is None) == (compiling and may_skip)
+    assert mask is None or mask.shape == (2, 5) and mask._tilewise_band == (-1, 0)
+
+
 def test_inference_mode():
     eager, ours = pair_of(*DECODERS["llama"])
     ids, keep = batch_of("left")

@@ -1,6 +1,7 @@
 """tilewise for NumPy users: values, gradients, layouts, errors, and what importing costs."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -66,6 +67,12 @@ def test_packed_equals_one_by_one():
     o, lse = tilewise.attention(q, k, v, causal=True, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, return_lse=True)
     bounded = tilewise.attention(q, k, v, causal=True, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=40, max_seqlen_k=40)
     assert np.array_equal(bounded, o)
+    more = [np.concatenate([x, np.full_like(x[:40], np.nan)]) for x in (q, k, v)]  # rows of no sequence, more than the bounds have room for
+    o_more, lse_more = tilewise.attention(*more, causal=True, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, return_lse=True)
+    assert np.array_equal(o_more[: len(o)], o) and np.array_equal(lse_more[:, : len(o)], lse)
+    assert not o_more[len(o) :].any() and np.all(lse_more[:, len(o) :] == -np.inf)
+    gradients = tilewise.attention_backward(np.ones_like(o_more), *more, o_more, lse_more, causal=True, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    assert all(not x[y:].any() for x, y in zip(gradients, (len(q), len(k), len(v))))
     for (a, b), (c, d) in zip(itertools.pairwise(starts_q), itertools.pairwise(starts_k)):
         alone, alone_lse = tilewise.attention(q[None, a:b], k[None, c:d], v[None, c:d], causal=True, return_lse=True)
         assert np.array_equal(o[a:b], alone[0]) and np.array_equal(lse[:, a:b], alone_lse[0])
@@ -96,26 +103,37 @@ def test_float16_and_bfloat16():
     np.testing.assert_allclose(o.astype(np.float32), reference(*(x.astype(np.float32) for x in (q, k, v)), causal=True)[0], rtol=0, atol=2e-2)
 
 
-def test_any_dlpack_exporter():
-    """An array that is none of the known frameworks': only DLPack and from_dlpack."""
+class Array:
+    """An array that is none of the known frameworks': only DLPack and from_dlpack, and types that print in a way of their own."""
 
-    class Array:
-        def __init__(self, array):
-            self._array, self.shape, self.ndim, self.dtype = array, array.shape, array.ndim, array.dtype
+    device_type = 1
 
-        def __dlpack__(self, **options):
-            return self._array.__dlpack__(**options)
+    def __init__(self, array):
+        self._array, self.shape, self.ndim, self.dtype = array, array.shape, array.ndim, f"<type '{array.dtype}'>"
 
-        def __dlpack_device__(self):
-            return self._array.__dlpack_device__()
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
 
-        def __array_namespace__(self):
-            return np
+    def __dlpack_device__(self):
+        return self.device_type, 0
 
-    q, k, v = inputs()
-    o, lse = tilewise.attention(q, k, v, return_lse=True)
-    got, got_lse = tilewise.attention(*(Array(x) for x in (q, k, v)), return_lse=True)
-    assert np.array_equal(got, o) and np.array_equal(got_lse, lse)
+    def __array_namespace__(self):
+        return np
+
+
+@pytest.mark.parametrize("device_type", [1, 3])  # 3: pinned memory
+def test_any_dlpack_exporter(device_type, monkeypatch):
+    monkeypatch.setattr(Array, "device_type", device_type)
+    for dtype in (np.float32, np.float16):
+        q, k, v = (x.astype(dtype) for x in inputs())
+        o, lse = tilewise.attention(q, k, v, return_lse=True)
+        got, got_lse = tilewise.attention(*(Array(x) for x in (q, k, v)), return_lse=True)
+        assert got.dtype == dtype and np.array_equal(got, o) and np.array_equal(got_lse, lse)
+    starts = np.array([0, 20, 30], np.int32)
+    for x in (np.full(1 << 20, 7, np.float32) for _ in range(4)):  # memory that is used again
+        del x
+    o, lse = tilewise.attention(*(Array(x[0]) for x in (q, k, v)), cu_seqlens_q=starts, cu_seqlens_k=starts, return_lse=True)
+    assert o[:30].any() and not o[30:].any() and np.all(lse[:, 30:] == -np.inf)
 
 
 def test_jax():
@@ -131,7 +149,7 @@ def test_jax():
 
 def test_errors_name_argument_value_and_rule():
     q, k, v = inputs()
-    packed = np.array([0, 1], np.int32)
+    packed, two = np.array([0, 1], np.int32), np.array([0, 30, 37], np.int32)
     for error, sentence, call in (
         (TypeError, "q has dtype float64, which is none of float32, bfloat16, float16", lambda: tilewise.attention(q.astype(float), k, v)),
         (TypeError, "q has dtype >f4", lambda: tilewise.attention(q.astype(">f4"), k, v)),
@@ -140,6 +158,16 @@ def test_errors_name_argument_value_and_rule():
         (ValueError, "v has dtype float16, but the problem needs float32", lambda: tilewise.attention(q, k, v.astype(np.float16))),
         (ValueError, "num_heads_q 3 is not a multiple of num_heads_kv 2", lambda: tilewise.attention(q[:, :, :3], k, v)),
         (ValueError, r"v has shape \[2, 50, 2, 24\].*seqlen_k 51", lambda: tilewise.attention(q, k, v[:, :50])),
+        (TypeError, "q is a MaskedArray, whose mask", lambda: tilewise.attention(np.ma.masked_array(q, q > 1), k, v)),
+        (TypeError, "softmax_scale 'x' is not a number", lambda: tilewise.attention(q, k, v, softmax_scale="x")),
+        (TypeError, "softcap None is not a number", lambda: tilewise.attention(q, k, v, softcap=None)),
+        (TypeError, "max_seqlen_k '5' is not a whole number", lambda: tilewise.attention(q, k, v, max_seqlen_k="5")),
+        (TypeError, "deterministic 1 is neither True nor False", lambda: tilewise.attention(q, k, v, deterministic=1)),
+        (ValueError, "max_seqlen_q 37 is given, but", lambda: tilewise.attention(q, k, v, max_seqlen_q=37)),
+        (ValueError, "max_seqlen_k -2 is negative", lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_q=packed, cu_seqlens_k=packed, max_seqlen_k=-2)),
+        (ValueError, "cu_seqlens_q is missing", lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_k=packed)),
+        (ValueError, r"cu_seqlens_q\[1\] is 30, a sequence longer than max_seqlen_q .*: 20",
+         lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_q=two, cu_seqlens_k=two, max_seqlen_q=20)),
         (ValueError, "q has 3 dimensions", lambda: tilewise.attention(q[0], k, v)),
         (ValueError, "q has 5 dimensions", lambda: tilewise.attention(q[None], k, v)),
         (ValueError, "window right 3 contradicts causal", lambda: tilewise.attention(q, k, v, causal=True, window=(1, 3))),
@@ -158,6 +186,16 @@ def test_errors_name_argument_value_and_rule():
     ):
         with pytest.raises(error, match=sentence):
             call()
+
+
+def test_a_forked_child_computes_too():
+    """GNU's OpenMP would wait for ever for threads that a fork does not copy."""
+    code = (
+        "import os, numpy as np, tilewise; q = np.ones((1, 300, 4, 16), np.float32); o = tilewise.attention(q, q, q); child = os.fork();\n"
+        "if child == 0: os._exit(0 if np.array_equal(tilewise.attention(q, q, q), o) else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "3"})
 
 
 def test_empty_inputs():

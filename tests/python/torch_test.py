@@ -1,4 +1,6 @@
-"""tilewise.torch: values, autograd, torch.compile, autocast, opcheck, SDPA, errors. On a GPU where there is one."""
+"""tilewise.torch: values, autograd, torch.compile, autocast, opcheck, SDPA, errors. cuda_test.py has what needs a GPU."""
+
+import warnings
 
 import numpy as np
 import pytest
@@ -175,13 +177,18 @@ def test_autocast():
 def test_errors_name_argument_value_and_rule():
     q, k, v = inputs(grad=False)
     for error, sentence, call in (
-        (TypeError, "q has dtype torch.float64, which is none of float32", lambda: attention(q.double(), k, v)),
+        (TypeError, r"q has dtype (torch\.)?float64, which is none of float32", lambda: attention(q.double(), k, v)),
         (ValueError, "k has dtype float16, but the problem needs float32", lambda: attention(q, k.half(), v)),
         (ValueError, "num_heads_q 3 is not a multiple of num_heads_kv 2", lambda: attention(q[:, :, :3], k, v)),
         (ValueError, r"v has shape \[2, 50, 2, 24\]", lambda: attention(q, k, v[:, :50])),
-        (TypeError, "seqused_k has dtype torch.int64", lambda: attention(q, k, v, seqused_k=torch.tensor([1, 2]))),
+        (TypeError, r"seqused_k has dtype (torch\.)?int64", lambda: attention(q, k, v, seqused_k=torch.tensor([1, 2]))),
         (NotImplementedError, "head_dim 600 is above 512", lambda: attention(*[torch.zeros(1, 2, 1, 600)] * 3)),
         (NotImplementedError, "alibi_slopes requires a gradient", lambda: attention(q, k, v, alibi_slopes=torch.zeros(4, requires_grad=True))),
+        (TypeError, "softmax_scale 'small' is not a number", lambda: attention(q, k, v, softmax_scale="small")),
+        (TypeError, r"softmax_scale tensor\(2.*is not a number", lambda: attention(q, k, v, softmax_scale=torch.tensor(2.0, requires_grad=True))),
+        (TypeError, "max_seqlen_q 2.5 is not a whole number", lambda: attention(q, k, v, max_seqlen_q=2.5)),
+        (ValueError, "max_seqlen_q 37 is given, but it is a bound of packed", lambda: attention(q, k, v, max_seqlen_q=37)),
+        (TypeError, "deterministic 'yes' is neither True nor False", lambda: attention(q, k, v, deterministic="yes")),
         (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
     ):
         with pytest.raises(error, match=sentence):
@@ -191,6 +198,108 @@ def test_errors_name_argument_value_and_rule():
 def test_top_level_function_takes_tensors():
     q, k, v = inputs()
     assert torch.equal(tilewise.attention(q, k, v, causal=True), attention(q, k, v, causal=True))
+
+
+# --- Plain calls go to the kernels directly; whatever stands in between must still see the operator ---
+
+
+def seen_by_mode(call):
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    seen = []
+    with Mode():
+        call()
+    return seen
+
+
+def seen_by_function_mode(call):
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    seen = []
+    with Mode():
+        call()
+    return seen
+
+
+def seen_by_profiler(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return [event.name.replace("::", ".") for event in profile.events()]
+
+
+@pytest.mark.parametrize("watch", [seen_by_mode, seen_by_function_mode, seen_by_profiler])
+def test_modes_and_profilers_see_the_operator(watch):
+    q, k, v = inputs()
+    assert any("tilewise.forward" in name for name in watch(lambda: attention(q.detach(), k.detach(), v.detach())))
+    o = attention(q, k, v)
+    if watch is not seen_by_function_mode:  # the engine calls backward beneath functions
+        assert any("tilewise.backward" in name for name in watch(lambda: o.sum().backward()))
+
+
+def test_direct_calls_equal_the_dispatchers(monkeypatch):
+    q, k, v = inputs()
+    sink = torch.zeros(4, requires_grad=True)
+
+    def run():
+        o, lse = attention(q, k, v, sink=sink, causal=True, return_lse=True)
+        return (o, lse, *torch.autograd.grad(o.square().sum() + lse.sum(), (q, k, v, sink)))
+
+    direct = run()
+    monkeypatch.setattr(tilewise.torch, "_observed", lambda tensors: True)
+    assert all(torch.equal(a, b) for a, b in zip(direct, run()))
+
+
+def test_tensors_that_are_not_plain():
+    q, k, v = inputs(grad=False)
+    right = attention(-q, k, v)
+    negative = torch._neg_view(q)  # its memory is q's
+    assert torch.equal(attention(negative, k, v), right)
+
+    class Mine(torch.Tensor):
+        pass
+
+    got = attention((-q).as_subclass(Mine), k, v)
+    assert type(got) is Mine and torch.equal(got.as_subclass(torch.Tensor), right)
+    with torch.inference_mode():
+        assert torch.equal(attention(-q, k, v), right)
+
+
+def test_what_backward_needs_must_not_be_overwritten():
+    for change in ("q", "starts"):
+        q = torch.randn(7, 2, 8, requires_grad=True)
+        starts = torch.tensor([0, 3, 7], dtype=torch.int32)
+        x = q * 1
+        o = attention(x, q, q, cu_seqlens_q=starts, cu_seqlens_k=starts)
+        with torch.no_grad():
+            (x if change == "q" else starts)[1] = 2
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            o.sum().backward()
+
+
+def test_torch_func():
+    from torch.func import grad, vjp, vmap
+
+    q, k, v = inputs(seqlen_q=9, seqlen_k=9, grad=False)
+    loss = lambda q, k, v: attention(q, k, v, causal=True).sin().sum()  # noqa: E731
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    right = torch.autograd.grad(loss(*leaves), leaves)
+    for got, expected in zip(grad(loss, argnums=(0, 1, 2))(q, k, v), right):
+        torch.testing.assert_close(got, expected)
+    o, pull = vjp(lambda q: attention(q, k, v, causal=True), q)
+    torch.testing.assert_close(pull(o.cos())[0], right[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vmap calls once for each element, and says so
+        each = vmap(grad(loss))(torch.stack([q, 2 * q]), torch.stack([k, k]), torch.stack([v, v]))
+    torch.testing.assert_close(each[0], right[0])
+    assert not torch.equal(each[1], right[0])
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        grad(lambda q: grad(loss)(q, k, v).sum())(q)
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch cannot take SDPA implementations")
@@ -206,12 +315,17 @@ def test_sdpa():
         return (o, *torch.autograd.grad(o.square().sum(), (q, k, v)))
 
     expected = [run(options) for options in cases]
+    dropped = lambda: (torch.manual_seed(0), F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))[1]  # noqa: E731
+    expected_dropped = dropped()
     calls = []
     call, tilewise.torch._core.Call = tilewise.torch._core.Call, lambda *args: (calls.append(args), call(*args))[1]
     try:
-        torch.nn.attention.activate_flash_attention_impl("tilewise")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.nn.attention.activate_flash_attention_impl("tilewise")
         got = [run(options) for options in cases]
-        assert len(calls) == 6  # forward and backward of all but the mask's, which PyTorch keeps
+        assert torch.equal(dropped(), expected_dropped)
+        assert len(calls) == 6  # forward and backward of all but those with a mask and dropout, which PyTorch keeps
         with pytest.raises(NotImplementedError, match="dropout"):
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.5)
         torch.nn.attention.restore_flash_attention_impl()
@@ -224,29 +338,18 @@ def test_sdpa():
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_cuda_forward_stream_and_graph():
-    q, k, v = (x.cuda() for x in inputs(seqlen_q=64, seqlen_k=64, dim=64, dim_v=64, dtype=torch.bfloat16, grad=False))
-    right = attention(*(x.float().cpu() for x in (q, k, v)), causal=True)
-    o = attention(q, k, v, causal=True)
-    assert (o.float().cpu() - right).abs().max() < 2e-2
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        late = q.clone()
-        torch.cuda._sleep(10_000_000)
-        late.mul_(2)
-        o2 = attention(late, k, v, causal=True)
-    stream.synchronize()
-    assert torch.equal(o2, attention(q * 2, k, v, causal=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = attention(q, k, v, causal=True)
-    q.mul_(2)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(captured, o2)
-    with pytest.raises(ValueError, match="k is on cpu, but q is on cuda:0"):
-        attention(q, k.cpu(), v)
+def test_flash_operators_refuse_what_their_backward_is_not_told():
+    aten = torch.library.Library("aten", "IMPL")
+    aten.impl("_flash_attention_forward", tilewise.torch._flash, "CPU")  # registered for CUDA only: cuda_test.py runs it there
+    try:
+        q, k, v = inputs(grad=False)
+        used = torch.tensor([51, 20], dtype=torch.int32)
+        call = lambda q: torch.ops.aten._flash_attention_forward(q, k, v, None, None, 37, 51, 0.0, True, False, seqused_k=used)  # noqa: E731
+        assert torch.equal(call(q)[0], attention(q, k, v, causal=True, seqused_k=used))
+        with pytest.raises(NotImplementedError, match="seqused_k is given and a gradient wanted"):
+            call(q.clone().requires_grad_())
+    finally:
+        aten._destroy()
 
 
 def test_forward_mode_is_refused():
@@ -267,5 +370,8 @@ def test_rows_of_no_sequence_are_zero(monkeypatch):
 
 def test_meta_beside_real_tensors_is_refused():
     q = torch.randn(1, 5, 2, 8)
-    with pytest.raises(ValueError, match="is on device meta, but q is on cpu"):
+    with pytest.raises(ValueError, match="k is on device meta, which is neither a CPU nor CUDA"):
         attention(q, q.to("meta"), q)
+    with pytest.raises(ValueError, match="is on device meta, but q is on cpu"):
+        torch.ops.tilewise.forward(q, q.to("meta"), q, None, None, None, None, None, None, 0.0, -1, -1, False, 0, 0, False)
+    assert attention(*[q.to("meta")] * 3).is_meta
