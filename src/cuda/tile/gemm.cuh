@@ -19,8 +19,8 @@ __device__ __forceinline__ void hold(uint32_t (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-// s (+)= q k^T over the first kDepth columns of both tiles, for the kKeys rows of k from `key` on; q has 64 rows.
-template <ptx::Element kElement, int kDepth, int kKeys, bool kAccumulate = false, class Q, class K>
+// s = q k^T over the first kDepth columns of both tiles, for the kKeys rows of k from `key` on; q has 64 rows.
+template <ptx::Element kElement, int kDepth, int kKeys, class Q, class K>
 __device__ __forceinline__ void multiply_scores(float (&s)[kKeys / 2], const Q& q, const K& k, int key) {
   static_assert(Q::kRows == 64 && kDepth % 16 == 0 && kDepth <= Q::kColumns && kDepth <= K::kColumns && kKeys % 8 == 0);
   const uint32_t a = operand(q.bytes, 16), b = operand(k.bytes, 16) + ((key * 128) >> 4);
@@ -28,7 +28,7 @@ __device__ __forceinline__ void multiply_scores(float (&s)[kKeys / 2], const Q& 
   for (int step = 0; step < kDepth / 16; ++step) {
     const int panel = step / 4, inside = step % 4 * 32;
     ptx::Wgmma<kElement, kKeys>::ss(s, a + ((panel * Q::kPanelBytes + inside) >> 4), b + ((panel * K::kPanelBytes + inside) >> 4),
-                                    kAccumulate || step > 0);
+                                    step > 0);
   }
 }
 

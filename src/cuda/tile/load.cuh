@@ -8,9 +8,7 @@
 
 namespace tilewise::tile {
 
-// The map has five dimensions: column, row within the tile, first row, head, batch. Both row dimensions have the stride of a row and the
-// map begins one tile before the tensor, so that a tile whose last rows are not this sequence's can begin late in the second dimension
-// and run over its end: those rows, like columns past the head dimension, are filled with zeros and never read. tensor_map.cpp makes it.
+// Panels with columns that are there.
 template <class T>
 __device__ __forceinline__ int panels_of(int columns) {
   return columns < T::kColumns ? (columns + 63) / 64 : T::kPanels;
@@ -24,6 +22,9 @@ __device__ __forceinline__ void clear_panels(T& tile, int columns, int thread, i
   ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
 }
 
+// The map has five dimensions: column, row within the tile, first row, head, batch. Both row dimensions have the stride of a row and the
+// map begins one tile before the tensor, so that a tile whose last rows are not this sequence's can begin late in the second dimension
+// and run over its end: those rows, like columns past the head dimension, are filled with zeros and never read. tensor_map.cpp makes it.
 // Panels past `columns` are not loaded, nor is a tile without valid rows: of a box that is outside altogether the copy engine touches the
 // map's begin, where there may be no memory. They are what clear_panels() has made of them.
 template <class T>
