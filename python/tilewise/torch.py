@@ -24,6 +24,8 @@ _core.use_torch(
 )
 _FORWARD, _BACKWARD = _core.Pass.FORWARD, _core.Pass.BACKWARD
 _WORKSPACE_ALIGNMENT = 256
+# Of the older vmap, which is behind is_grads_batched: such a tensor looks plain and has no memory.
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", torch._C._functorch.is_batchedtensor)
 _SINK = 4  # place of sink among the options, the last that is a tensor
 
 # What forward and backward have in common: the optional tensors, then the problem.
@@ -90,7 +92,7 @@ def _observed(tensors):
     plain one of a CPU or CUDA. Where nothing does, calling the kernels directly saves the dispatcher's ways to Python and back: 10
     microseconds forward, 25 with gradients (EPYC, torch 2.13)."""
     for x in tensors:
-        if x is not None and (type(x) is not torch.Tensor or x.is_neg()):
+        if x is not None and (type(x) is not torch.Tensor or x.is_neg() or x.is_nested or x._is_zerotensor() or _is_batched(x)):
             return True
     C, q = torch._C, tensors[0]
     cuda = q.is_cuda
@@ -209,7 +211,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, lse, *tensors = ctx.saved_tensors
         if do is None:  # the loss depends on lse alone
             do = torch.zeros_like(o)
-        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed((q, do, dlse, k, v, *tensors)))
+        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed((q, do, dlse, k, v, o, lse, *tensors)))
         run = _backward_kernel if direct else _backward
         dq, dk, dv, dsink = run(do, dlse, q, k, v, o, lse, *tensors, *ctx.options)
         return None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None

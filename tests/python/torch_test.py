@@ -375,3 +375,13 @@ def test_meta_beside_real_tensors_is_refused():
     with pytest.raises(ValueError, match="is on device meta, but q is on cpu"):
         torch.ops.tilewise.forward(q, q.to("meta"), q, None, None, None, None, None, None, 0.0, -1, -1, False, 0, 0, False)
     assert attention(*[q.to("meta")] * 3).is_meta
+
+
+def test_batched_gradients():
+    q, k, v = (torch.randn(1, 5, 2, 16, requires_grad=True) for _ in range(3))
+    o = attention(q, k, v, causal=True)
+    g = torch.randn(3, *o.shape)
+    together = torch.autograd.grad(o, (q, k, v), g, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        for one, of_all in zip(torch.autograd.grad(o, (q, k, v), g[i], retain_graph=True), together, strict=True):
+            torch.testing.assert_close(of_all[i], one, rtol=0, atol=0)

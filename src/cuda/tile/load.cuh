@@ -26,7 +26,7 @@ __device__ __forceinline__ void clear_panels(T& tile, int columns, int thread, i
 // map begins one tile before the tensor, so that a tile whose last rows are not this sequence's can begin late in the second dimension
 // and run over its end: those rows, like columns past the head dimension, are filled with zeros and never read. tensor_map.cpp makes it.
 // Panels past `columns` are not loaded, nor is a tile without valid rows: of a box that is outside altogether the copy engine touches the
-// map's begin, where there may be no memory. They are what clear_panels() has made of them.
+// map's begin, where there may be no memory. Such panels are what clear_panels() has made of them, such a tile holds what it held.
 template <class T>
 __device__ __forceinline__ void load_rows(T& tile, const void* map, Barrier& full, long long row, int valid_rows, int head, int batch,
                                           int columns) {
