@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <filesystem>
+#include <iterator>
 #include <memory>
 
 #include "tilewise/explain.hpp"
@@ -215,8 +217,15 @@ Tensor tensor_of(const char* name, nb::handle source) {
   return tensor;
 }
 
-// A fork copies no threads, and GNU's OpenMP waits for ever for those that are missing: where it had some, the child computes with one.
+// A fork copies no threads, and GNU's OpenMP, which PyTorch may share, waits for ever for those that are missing: where the parent had any
+// beside the one that forks, the child computes with one.
 std::atomic<bool> had_threads{false}, has_lost_threads{false};
+
+std::ptrdiff_t threads_now() {
+  std::error_code error;  // no /proc: as if there were some
+  const std::filesystem::directory_iterator tasks("/proc/self/task", error);
+  return error ? 2 : std::distance(tasks, std::filesystem::directory_iterator());
+}
 
 Device device_of(const Place& place, int threads) {
   if (place.type == DeviceType::kCuda) return value(Device::cuda(place.index));
@@ -284,7 +293,6 @@ class Call {
       workspace = reinterpret_cast<uintptr_t>(own.data());
     }
     arguments.workspace = reinterpret_cast<void*>(workspace);
-    if (place_.type == DeviceType::kCpu && plan_.device().units > 1) had_threads = true;
     Status status;
     {
       const nb::gil_scoped_release released;
@@ -339,7 +347,7 @@ nb::ndarray<nb::array_api> empty(const std::vector<size_t>& shape, DataType dtyp
 NB_MODULE(_core, m) {
   m.doc() = "Exact attention: the C++ API that the rest of the package is built on.";
   m.attr("__version__") = tw_version();
-  pthread_atfork(nullptr, nullptr, [] { has_lost_threads = has_lost_threads || had_threads; });
+  pthread_atfork([] { had_threads = threads_now() > 1; }, nullptr, [] { has_lost_threads = has_lost_threads || had_threads; });
 
   nb::enum_<Pass>(m, "Pass").value("FORWARD", Pass::kForward).value("BACKWARD", Pass::kBackward);
   nb::enum_<DataType>(m, "DataType", nb::is_arithmetic())
