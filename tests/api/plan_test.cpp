@@ -440,7 +440,7 @@ TEST(OneCall, RefusesWhatIsNoProblem) {
   EXPECT_EQ(forward(a.q, a.k, a.v, a.o, {}, options).message(), "q has 4 dimensions, but packed tensors (cu_seqlens is given) have 3");
   TensorView q = a.q, v = a.v;
   q.rank = k.rank = v.rank = 3;
-  EXPECT_EQ(forward(q, k, v, a.o, {}, options).message(), "cu_seqlens_q has 0 dimensions, but it has shape [batch + 1]");
+  EXPECT_EQ(forward(q, k, v, a.o, {}, options).message(), "cu_seqlens_q is missing: packed tensors (cu_seqlens_k is given) need it");
   options = {};
   options.causal = true;
   options.window_right = 3;
