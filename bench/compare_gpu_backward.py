@@ -11,15 +11,14 @@ import argparse
 import ctypes
 import json
 import math
-import os
 import pathlib
 
+import results
 import torch
 from compare_gpu import DTYPES, Arguments, Tilewise, summary, take_turns
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-os.environ["TILEWISE_UNVERIFIED"] = "1"  # rows that have not passed their tests are raced too
 PEERS = json.loads((pathlib.Path(__file__).parent / "results/nvidia-h200-peers.json").read_text())["backward"]
 
 
@@ -159,7 +158,7 @@ def main():
     result["summary"] = summary((row["kind"], row["ratio"]) for row in result["rows"] if "ratio" in row)
     print(json.dumps(result["summary"]))
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        results.save("race", result, args.out)
 
 
 if __name__ == "__main__":

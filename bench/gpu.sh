@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a Hopper GPU, in one go: correctness of the CUDA backend, the sanitizers, the race against the peers that come with
-# PyTorch, host cost, and standard against flash with the hardware's counters. Four minutes beside building.
+# PyTorch, host cost, and standard against flash with the hardware's counters. Five minutes beside building.
 # Usage: bench/gpu.sh [BUILD]   BUILD: a folder that holds test_cuda, test_cuda_tile, host_cost, tilewise and libtilewise.so; built here
-# where not given. Writes bench/results/<gpu>-forward.json; bench/report.py makes the tables of README.md and docs/ from it.
+# where not given. Writes bench/results/<gpu>-forward.json and -backward.json; bench/report.py makes the tables of README.md and docs/ from it.
 # Needs python3 with PyTorch; compute-sanitizer and ncu are used where they are found.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,10 +21,11 @@ out=${RESULTS:-$root/bench/results}/$gpu-forward.json
 "$build"/test_cuda --gtest_brief=1
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool $tool --error-exitcode 3 "$build"/test_cuda --gtest_brief=1 --gtest_filter=Problems.SmokeProblems
+    compute-sanitizer --tool $tool --error-exitcode 3 "$build"/test_cuda --gtest_brief=1 --gtest_filter='Problems.*SmokeProblems'
   done
 fi
 "$build"/host_cost | python3 "$root"/bench/results.py host_cost "$out"
 python3 "$root"/bench/io_gpu.py --library "$build"/libtilewise.so --tool "$build"/tilewise --out "$out"
 python3 "$root"/bench/compare_gpu.py --library "$build"/libtilewise.so --out "$out"
+python3 "$root"/bench/compare_gpu_backward.py "$build"/libtilewise.so --out "${out%-forward.json}-backward.json"
 python3 "$root"/bench/report.py --summary "$out"

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Write the measured tables of README.md and docs/, and the picture of README.md, from bench/results/<machine>.json and, for the
-GPU's, the last nvidia-<gpu>-forward.json that has the section.
+GPU's, the last nvidia-<gpu>-forward.json that has the section and nvidia-<gpu>-backward.json.
 
 Wants: Matplotlib (Debian: python3-matplotlib, for /usr/bin/python3).
 Usage: report.py [RESULTS.json]. A table stands between <!-- measured: NAME --> and <!-- end -->; the text around is untouched.
@@ -19,6 +19,7 @@ PLACES = {
     "README.md": {"demo": "demo", "cpu": "compare_cpu", "gpu": "race"},
     "docs/io.md": {"traffic": "traffic", "io": "io"},
     "docs/kernels/forward_sm90.md": {"race": "race", "more": "race", "host": "host_cost"},
+    "docs/kernels/backward_sm90.md": {"backward": "backward"},
 }
 GPU_SECTIONS = ("race", "io", "host_cost")
 
@@ -116,16 +117,24 @@ def gpu(everything):
 def cases(run, kinds):
     number = lambda value: f"{value:.0f}" if isinstance(value, float) else "-"
     names = ("tilewise", "cudnn", "fa2", "fa3 by ratio", "fa4 by ratio")
-    rows = [(row["case"] + (" fp16" if row["kind"] == "fwd-fp16" else ""), *(number(row.get(name)) for name in names),
+    rows = [(row["case"] + {"fwd-fp16": " fp16", "bwd-det": " deterministic"}.get(row["kind"], ""), *(number(row.get(name)) for name in names),
              f"{row['ratio']:.2f}" if "ratio" in row else "-") for row in run["rows"] if row["kind"] in kinds]  # fmt: skip
     return table(("case", "Tilewise", "cuDNN", "FA2", "FA3", "FA4", "ratio"), rows)
 
 
 def race(everything):
     run = everything["race"]
-    means = [(name, mean["cases"], f"{mean['geomean']:.2f}", f"{mean['lowest']:.2f}") for name, mean in run["summary"].items()]
-    head = "group", "cases", "geometric mean of ratios", "least"
-    return f"{table(head, means)}\n\n{cases(run, ['fwd'])}\n\n{gpu_source(run)}."
+    return f"{means(run)}\n\n{cases(run, ['fwd'])}\n\n{gpu_source(run)}."
+
+
+def backward(everything):
+    run = everything["backward"]
+    return f"{means(run)}\n\n{cases(run, dict.fromkeys(row['kind'] for row in run['rows']))}\n\n{gpu_source(run)}."
+
+
+def means(run):
+    rows = [(name, mean["cases"], f"{mean['geomean']:.2f}", f"{mean['lowest']:.2f}") for name, mean in run["summary"].items()]
+    return table(("group", "cases", "geometric mean of ratios", "least"), rows)
 
 
 def more(everything):
@@ -181,7 +190,9 @@ def main():
     everything = results.load(sys.argv[1] if len(sys.argv) > 1 else None)
     for path in sorted((results.ROOT / "bench/results").glob("nvidia-*-forward.json")):
         everything |= {section: value for section, value in results.load(path).items() if section in GPU_SECTIONS}
-    made = {"demo": demo, "cpu": cpu, "traffic": traffic, "gpu": gpu, "race": race, "more": more, "host": host, "io": io}
+    for path in sorted((results.ROOT / "bench/results").glob("nvidia-*-backward.json")):
+        everything["backward"] = results.load(path)["race"]
+    made = {"backward": backward, "demo": demo, "cpu": cpu, "traffic": traffic, "gpu": gpu, "race": race, "more": more, "host": host, "io": io}
     for name, places in PLACES.items():
         path = results.ROOT / name
         text = path.read_text()

@@ -12,7 +12,6 @@ struct Row {
     BackwardConfig config = Shape::kShape;
     config.element = kElement;
     config.modified = kModified;
-    if (kModified) config.ahead = config.keep_p = false;  // its scores take more registers
     return config;
   }
   static constexpr BackwardConfig kConfig = make();

@@ -16,6 +16,8 @@ namespace tilewise::cuda {
   };
 TW_FORWARD_SHAPE(Forward64Short, .head_dim = 64, .head_dim_v = 64, .consumers = 4, .block_n = 64, .k_stages = 8, .v_stages = 8,
                  .q_slots = 8, .o_slots = 4)
+TW_FORWARD_SHAPE(Forward64Pair, .head_dim = 64, .head_dim_v = 64, .consumers = 2, .block_n = 128, .k_stages = 4, .v_stages = 4,
+                 .q_slots = 4, .o_slots = 2)
 TW_FORWARD_SHAPE(Forward64, .head_dim = 64, .head_dim_v = 64, .consumers = 3, .block_n = 128, .k_stages = 4, .v_stages = 4, .q_slots = 6,
                  .o_slots = 3)
 TW_FORWARD_SHAPE(Forward96, .head_dim = 96, .head_dim_v = 96, .consumers = 2, .block_n = 128, .k_stages = 2, .v_stages = 2, .q_slots = 4,

@@ -12,38 +12,42 @@ namespace tilewise::cuda {
 namespace {
 
 // The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
-constexpr int kForwardRows = 28;
+constexpr int kForwardRows = 32;
 const std::array<ForwardRow, kForwardRows>& forward_table() {
   static const std::array<ForwardRow, kForwardRows> kTable = [] {
     std::array<ForwardRow, kForwardRows> table;
     auto next = table.begin();
     for (const auto& rows :
-         {forward_rows<Forward64Short>(), forward_rows<Forward64>(), forward_rows<Forward96>(), forward_rows<Forward128>(),
-          forward_rows<Forward192x128>(), forward_rows<Forward192>(), forward_rows<Forward256>()})
+         {forward_rows<Forward64Short>(), forward_rows<Forward64Pair>(), forward_rows<Forward64>(), forward_rows<Forward96>(),
+          forward_rows<Forward128>(), forward_rows<Forward192x128>(), forward_rows<Forward192>(), forward_rows<Forward256>()})
       next = std::copy(rows.begin(), rows.end(), next);
     return table;
   }();
   return kTable;
 }
 
-// Four warpgroups of 64 queries leave fewer rows unused at the end of a sequence than three, and hide more of a tile's beginning and end;
-// three with larger blocks have less to do for each key. Measured on an H200 (2026-11-24, commit 39ae4ac) at head dimension 64, short
-// against long: 428 to 395 TFLOP/s at s512, 507 to 463 at s1024, 562 to 561 at s2048, 585 to 592 at s4096; causal 223 to 240, 338 to 309,
-// 438 to 407, 530 to 525, 584 to 590.
-bool is_short(const ForwardConfig& c) { return c.consumers == 4; }
+// Head dimension 64 has three shapes. Four warpgroups of 64 queries leave fewer rows unused at the end of a sequence than three and hide
+// more of a tile's beginning and end; three with larger blocks have less to do for each key; two leave the least unused under a causal
+// mask, where those of the upper rows wait for the others. Measured on an H200 (2026-11-24), TFLOP/s of four, three and two:
+//            s512         s1024        s2048        s4096        s8192
+//   full     422 395 396  500 463 457  559 561 504  583 590 521  579 621 509
+//   causal   242 241 259  362 309 352  465 407 436  536 525 491  583 589 526   (three at s1024 to s4096 in an earlier run)
+constexpr int kShort = 4, kPair = 2;
 std::string refuse_length(const ForwardConfig& c, const Problem& p) {
-  if (!is_short(c)) return {};
+  if (c.head_dim != 64 || (c.consumers != kShort && c.consumers != kPair)) return {};
   const bool causal = p.window_right >= 0;
-  const int64_t least = causal ? 768 : 0, most = causal ? 4096 : 1536;
-  if (!p.packed && p.seqlen_q >= least && p.seqlen_q <= most) return {};
-  return "is for dense tensors of " + std::to_string(least) + " to " + std::to_string(most) + " queries, where it is faster than the next";
+  const int64_t least = c.consumers == kShort && causal ? 768 : 0, most = c.consumers == kPair ? 767 : causal ? 4096 : 1536;
+  if (!p.packed && (causal || c.consumers == kShort) && p.seqlen_q >= least && p.seqlen_q <= most) return {};
+  return "is for dense tensors of " + std::to_string(least) + " to " + std::to_string(most) + " queries" +
+         (c.consumers == kPair ? " with a bound on the right" : "") + ", where it is faster than the next";
 }
 
 std::string forward_name(const ForwardConfig& c) {
   std::string name = c.element == ptx::Element::kBFloat16 ? "forward_sm90_bf16_d" : "forward_sm90_fp16_d";
   name += std::to_string(c.head_dim);
   if (c.head_dim_v != c.head_dim) name += "_" + std::to_string(c.head_dim_v);
-  if (is_short(c)) name += "_short";
+  if (c.head_dim == 64 && c.consumers == kShort) name += "_short";
+  if (c.head_dim == 64 && c.consumers == kPair) name += "_pair";
   return c.modified ? name + "_modified" : name;
 }
 
@@ -55,15 +59,19 @@ int64_t tiles_of(const Problem& p, int block_m) {
   return p.num_heads_q * ((rows + block_m - 1) / block_m) * (p.packed ? 1 : p.batch);
 }
 
-// Under a causal mask the last two rounds of tiles come one by one, falling in size: a model of the schedule then finds 99 % of the CTAs'
-// time used, against 97 %. Not where tiles are few and alike, and only as many heads as L2 holds: with four rounds of head dimension 256
-// and no such bound the H200 was 2 to 5 % slower.
+// Under a causal mask the last tiles come one by one, falling in size, and fill what pairs would leave idle. Those of as many heads as
+// leave whole rounds of pairs, and at least a round and a half of tiles (one where tiles are few); but only as many heads as L2 holds: with
+// four rounds of head dimension 256 and no such bound the H200 was 2 to 5 % slower. A model of the schedule then finds 98 to 99.9 % of the
+// CTAs' time used, 97 % with pairs alone; measured: +0.7 % on average, +2 % at s1024.
 int64_t falling_heads(const Problem& p, int block_m) {
-  constexpr int64_t kRounds = 2, kCtas = 132, kFewTiles = 16, kBytes = 40 << 20;
-  const int64_t m_blocks = (p.seqlen_q + block_m - 1) / block_m;
-  if (m_blocks < kFewTiles) return 0;
+  constexpr int64_t kCtas = 132, kFewTiles = 16, kBytes = 40 << 20;
+  const int64_t m_blocks = (p.seqlen_q + block_m - 1) / block_m, pairs = (m_blocks + 1) / 2, heads = p.batch * p.num_heads_q;
   const int64_t head_bytes = std::max<int64_t>(p.seqlen_k * (p.head_dim + p.head_dim_v) * 2 / (p.num_heads_q / p.num_heads_kv), 1);
-  return std::min({(kRounds * kCtas + m_blocks - 1) / m_blocks, std::max<int64_t>(kBytes / head_bytes, 1), p.batch * p.num_heads_q});
+  const int64_t most = std::max<int64_t>(kBytes / head_bytes, 1), least = (m_blocks < kFewTiles ? 2 : 3) * kCtas / 2;
+  int64_t rounds = heads * pairs / kCtas;
+  const auto falling = [&] { return heads - rounds * kCtas / pairs; };
+  while (rounds > 0 && falling() * m_blocks < least && heads - (rounds - 1) * kCtas / pairs <= most) --rounds;
+  return std::min({falling(), most, heads});
 }
 
 std::string forward_refusal(const ForwardRow& row, const Problem& p, const Device& device) {

@@ -22,7 +22,6 @@ inline Problem parse(std::string_view line) { return Problem::parse(line).value(
 class Cuda : public testing::Test {
  protected:
   void SetUp() override {
-    setenv("TILEWISE_UNVERIFIED", "1", 1);  // the tests are what verifies the rows that ask for it
     const Result<Device> device = Device::cuda();
     if (!device) GTEST_SKIP() << device.status().message();
     if (!Plan::make(parse("q64 d64 bf16"), *device)) GTEST_SKIP() << device->name << " (" << device->arch << ") has no rows";

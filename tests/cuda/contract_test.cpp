@@ -123,7 +123,7 @@ TEST_F(Contract, WhatTheCopyEngineCannotReadIsRefused) {
 
 TEST_F(Contract, RefusalsAreSentences) {
   const std::vector<Candidate> candidates = Plan::candidates(parse("q64 d68 bf16"), device_);
-  ASSERT_EQ(candidates.size(), 28u);
+  ASSERT_EQ(candidates.size(), 32u);
   EXPECT_EQ(candidates.front().refusal, "head_dim 68 is not a multiple of 8: pad it with zeros and give softmax_scale");
   EXPECT_EQ(Plan::make(parse("q64 d64 fp32"), device_).status().code(), StatusCode::kUnsupported);
 }

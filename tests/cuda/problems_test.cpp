@@ -66,16 +66,17 @@ TEST_F(Problems, BackwardLongFuzz) { fuzz(10'000, 12'000, 1e6, Pass::kBackward);
 
 TEST_F(Problems, EveryRowRuns) {
   std::set<std::string> names;
-  for (const char* dims : {"64", "96", "128", "192/128", "192", "256", "80", "8", "104/40", "248"})
+  for (const char* dims : {"64", "96", "128", "192/128", "192", "256", "80", "8", "104/40", "248", "long"})
     for (const char* type : {"bf16", "fp16"})
       for (const char* score : {"", " softcap=20", " alibi", " causal", " causal softcap=20"}) {
-        const Problem problem = parse("b2 q300 k520 h4/2 d" + std::string(dims) + " " + type + score);
+        const Problem problem =
+            parse((std::string(dims) == "long" ? "q1600 k100 h1 d64" : "b2 q300 k520 h4/2 d" + std::string(dims)) + " " + type + score);
         const Result<Plan> plan = Plan::make(problem, device_);
         ASSERT_TRUE(plan.ok()) << plan.status().message();
         names.insert(std::string(plan->kernel()));
         EXPECT_TRUE(verify(problem, 1, Layout::kBshd));
       }
-  EXPECT_EQ(names.size(), 28u);
+  EXPECT_EQ(names.size(), 32u);  // head dimension 64 has three shapes
 }
 
 TEST_F(Problems, EveryBackwardRowRuns) {

@@ -60,13 +60,14 @@ struct OnDevice {
 };
 
 template <int kRows, int kColumns>
-__global__ void load_kernel(const __grid_constant__ CUtensorMap map, int row, int valid, int head, int batch, uint16_t* out) {
+__global__ void load_kernel(const __grid_constant__ CUtensorMap map, int row, int valid, int head, int batch, int columns, uint16_t* out) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& tile = *reinterpret_cast<Tile<kRows, kColumns>*>(memory);
   __shared__ Barrier full;
   if (threadIdx.x == 0) full.init(1);
+  clear_panels(tile, valid > 0 ? columns : 0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   __syncthreads();
-  if (threadIdx.x == 0) load_rows(tile, &map, full, row, valid, head, batch);
+  if (threadIdx.x == 0) load_rows(tile, &map, full, row, valid, head, batch, columns);
   full.wait(0);
   // The swizzle: 16-byte unit u of row r of a panel lies at unit u ^ (r % 8).
   for (int i = threadIdx.x; i < kRows * tile.kPanels * 64; i += blockDim.x) {
@@ -86,7 +87,7 @@ TEST_F(TileTest, LoadFillsRowsAndColumnsThatAreNotThereWithZeros) {
                   kTileRows, map)
                   .ok());
   for (const auto [row, valid] : {std::pair{0, 80}, {20, 80}, {0, 5}, {90, 10}, {17, 0}, {3, 79}, {5, 1000}}) {
-    load_kernel<kTileRows, 128><<<1, 128, kTileRows * 256>>>(map, row, valid, 2, 1, out.data);
+    load_kernel<kTileRows, 128><<<1, 128, kTileRows * 256>>>(map, row, valid, 2, 1, kColumns, out.data);
     const std::vector<uint16_t> got = out.get();
     for (int r = 0; r < kTileRows; ++r)
       for (int c = 0; c < 128; ++c) {
@@ -94,6 +95,52 @@ TEST_F(TileTest, LoadFillsRowsAndColumnsThatAreNotThereWithZeros) {
         ASSERT_EQ(got[r * 128 + c], there ? host[((kRowsInAll + row + r) * kHeads + 2) * kColumns + c] : 0)
             << row << " " << valid << " " << r << " " << c;
       }
+  }
+}
+
+// One granule of memory with nothing mapped before and behind it.
+struct Island {
+  size_t bytes = 0;
+  CUdeviceptr begin = 0;
+  Island() {
+    CUmemAllocationProp properties{};
+    properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    properties.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = 0};
+    driver<decltype(&cuMemGetAllocationGranularity)>("cuMemGetAllocationGranularity")(&bytes, &properties,
+                                                                                      CU_MEM_ALLOC_GRANULARITY_MINIMUM);
+    CUdeviceptr reserved;
+    CUmemGenericAllocationHandle handle;
+    const CUmemAccessDesc access{properties.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    EXPECT_EQ(driver<decltype(&cuMemAddressReserve)>("cuMemAddressReserve")(&reserved, 3 * bytes, 0, 0, 0), CUDA_SUCCESS);
+    begin = reserved + bytes;
+    EXPECT_EQ(driver<decltype(&cuMemCreate)>("cuMemCreate")(&handle, bytes, &properties, 0), CUDA_SUCCESS);
+    EXPECT_EQ(driver<decltype(&cuMemMap)>("cuMemMap")(begin, bytes, 0, handle, 0), CUDA_SUCCESS);
+    EXPECT_EQ(driver<decltype(&cuMemSetAccess)>("cuMemSetAccess")(begin, bytes, &access, 1), CUDA_SUCCESS);
+  }  // the end of the process gives it back
+  template <class Function>
+  static Function driver(const char* name) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    EXPECT_EQ(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found), cudaSuccess);
+    return reinterpret_cast<Function>(function);
+  }
+};
+
+TEST_F(TileTest, LoadTouchesNothingOutsideTheTensor) {
+  cudaFree(nullptr);
+  const Island island;
+  constexpr int kRowsInAll = 100, kColumns = 40;
+  const CUdeviceptr last = island.begin + island.bytes - kRowsInAll * kColumns * 2;
+  for (const CUdeviceptr data : {island.begin, last}) {
+    cudaMemset(reinterpret_cast<void*>(data), 1, kRowsInAll * kColumns * 2);
+    CUtensorMap map;
+    ASSERT_TRUE(make_tensor_map({reinterpret_cast<void*>(data), true, 1, kRowsInAll, 1, kColumns, 0, kColumns, kColumns}, 64, map).ok());
+    const OnDevice<uint16_t> out(std::vector<uint16_t>(64 * 128, 7));
+    for (const auto [row, valid] : {std::pair{0, 64}, {36, 64}, {64, 36}, {64, 0}, {128, -28}, {100000, -99900}}) {
+      load_kernel<64, 128><<<1, 128, 64 * 256>>>(map, row, valid, 0, 0, kColumns, out.data);
+      const std::vector<uint16_t> got = out.get();
+      for (int i = 0; i < 64 * 128; ++i) ASSERT_EQ(got[i], i / 128 < valid && i % 128 < kColumns ? 0x0101 : 0) << row << " " << valid;
+    }
   }
 }
 
@@ -111,9 +158,9 @@ __global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const
   __shared__ Barrier full[3];
   if (threadIdx.x == 0) {
     for (Barrier& barrier : full) barrier.init(1);
-    load_rows(shared.q, &q_map, full[0], 0, 64, 0, 0);
-    load_rows(shared.k, &k_map, full[1], 0, 2 * kKeys, 0, 0);
-    load_rows(shared.v, &v_map, full[2], 0, 2 * kKeys, 0, 0);
+    load_rows(shared.q, &q_map, full[0], 0, 64, 0, 0, kDepth);
+    load_rows(shared.k, &k_map, full[1], 0, 2 * kKeys, 0, 0, kDepth);
+    load_rows(shared.v, &v_map, full[2], 0, 2 * kKeys, 0, 0, kWidth);
   }
   __syncthreads();
   for (Barrier& barrier : full) barrier.wait(0);
@@ -140,7 +187,7 @@ __global__ void products_kernel(const __grid_constant__ CUtensorMap q_map, const
   ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   __syncthreads();
   if (threadIdx.x == 0) {
-    store_rows(result, &out_map, 0, 61, 0, 0);
+    store_rows(result, &out_map, 0, 61, 0, 0, kWidth);
     wait_stored();
   }
 }

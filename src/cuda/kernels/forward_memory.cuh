@@ -32,10 +32,21 @@ struct ForwardShared {
   bool spoilt[C.o_slots][4];  // some row of a warp of the finished tile is NaN
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.o_slots];
+  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.consumers], o_empty[C.consumers];
   tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
-  tile::Counter stored;  // finished tiles that have left
 
+  // Every warpgroup has a place for finished tiles, or all have one in common.
+  static constexpr bool kOwnPlaces = C.o_slots == C.consumers;
+  static_assert(kOwnPlaces || C.o_slots == 1);
+  __device__ __forceinline__ static constexpr int o_slot(int part) { return kOwnPlaces ? part : 0; }
+
+  // Columns that are not there.
+  __device__ __forceinline__ void clear_columns(int head_dim, int head_dim_v) {
+    const int thread = static_cast<int>(threadIdx.x), threads = C.threads();
+    for (auto& tile : q) tile::clear_panels(tile, head_dim, thread, threads);
+    for (auto& tile : k) tile::clear_panels(tile, head_dim, thread, threads);
+    for (auto& tile : v) tile::clear_panels(tile, head_dim_v, thread, threads);
+  }
   __device__ __forceinline__ void init_barriers() {
     constexpr int kWarps = 4 * C.consumers;
     for (int i = 0; i < kItems; ++i) {
@@ -46,8 +57,10 @@ struct ForwardShared {
       q_full[i].init(1);
       q_empty[i].init(4);
     }
-    for (int i = 0; i < C.o_slots; ++i) o_full[i].init(4);
-    stored.set(0);
+    for (int i = 0; i < C.consumers; ++i) {
+      o_full[i].init(128);
+      o_empty[i].init(32);
+    }
     for (int i = 0; i < C.k_stages; ++i) {
       k_full[i].init(1);
       k_empty[i].init(kWarps);
@@ -66,20 +79,20 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
   const bool leader = threadIdx.x % 32 == 0;
   tile::Ring<kItems> items;
   tile::Ring<C.q_slots> q_ring;
-  uint32_t results = 0;
+  uint32_t results[C.consumers] = {};
   Schedule schedule;
   for (bool more = true; more; items.advance()) {
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
     WorkItem<C.consumers>& item = shared.item[items.stage()];
     more = schedule.next(params, C.block_n, item);
-    // Places for queries and for finished tiles go round all warpgroups that have work: which ones a warpgroup gets is part of the item.
+    // Places for queries go round all warpgroups that have work: which one a warpgroup gets is part of the item.
     const tile::Ring<C.q_slots> first = q_ring;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
-      if (leader) item.part[part].q_place = q_ring.position, item.part[part].result = results;
+      if (leader) item.part[part].q_place = q_ring.position, item.part[part].result = results[part];
       if (!more || item.part[part].empty()) continue;
       q_ring.advance();
-      ++results;
+      ++results[part];
     }
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
@@ -92,7 +105,7 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
       shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
       if (leader)
         tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], item.sequence.q_row + row,
-                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch);
+                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch, params.head_dim);
       q_ring.advance();
     }
   }
@@ -101,7 +114,8 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
 // Loads the blocks of keys or of values of every tile, right to left. One warp.
 template <ForwardConfig C, class T, int kStages>
 __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[kStages],
-                                          const CUtensorMap& map, tile::Barrier (&full)[kStages], tile::Barrier (&empty)[kStages]) {
+                                          const CUtensorMap& map, int columns, tile::Barrier (&full)[kStages],
+                                          tile::Barrier (&empty)[kStages]) {
   if (threadIdx.x % 32 != 0) return;
   tile::Ring<kItems> items;
   tile::Ring<kStages> ring;
@@ -113,7 +127,8 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
       const int row = block * C.block_n;
-      tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch);
+      tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch,
+                      columns);
     }
     shared.item_empty[items.stage()].arrive();
   }
@@ -194,27 +209,31 @@ __device__ __forceinline__ void store_tiles(const ForwardParams& params, Forward
     for (int part = 0; part < C.consumers; ++part) {
       const typename WorkItem<C.consumers>::Part& own = item.part[part];
       if (own.empty()) continue;
-      const uint32_t slot = own.result % C.o_slots;
+      const int slot = ForwardShared<C>::o_slot(part);
       const int row = item.m_begin + 64 * part, rows = min_of(64, item.sequence.seqlen_q - row);
       auto& tile = shared.o[slot];
-      shared.o_full[slot].wait(own.result / C.o_slots & 1);
+      if (!ForwardShared<C>::kOwnPlaces) shared.o_empty[part].arrive();  // whose turn it is; every lane, for what it has read
+      shared.o_full[part].wait(own.result & 1);
       if (__any_sync(0xffffffff, lane < 4 && shared.spoilt[slot][lane % 4])) {
 #pragma unroll 1
         for (int i = 0; i < rows; ++i) {
           uint32_t worst = 0;
           for (int column = 2 * lane; column < C.head_dim_v; column += 64)
             worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
-          if (__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
+          if (!__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) continue;
+          __syncwarp();  // every lane has read the row
+          recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
         }
         ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
         __syncwarp();
       }
       if (lane == 0)
-        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch);
+        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch,
+                         params.head_dim_v);
       for (int i = lane; i < rows; i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
       if (lane == 0) tile::wait_stored();
       __syncwarp();
-      if (lane == 0) shared.stored.set(own.result + 1);
+      if (ForwardShared<C>::kOwnPlaces) shared.o_empty[part].arrive();
     }
     if (lane == 0) shared.item_empty[items.stage()].arrive();
   }

@@ -246,9 +246,9 @@ struct Consumer {
   }
   // The finished tile, from o to shared memory, where it is stored from.
   __device__ __forceinline__ void write(const Item& item, const float (&scale)[2], const float (&lse)[2]) {
-    const uint32_t result = item.part[part].result, slot = result % C.o_slots;
-    const int row = tile::this_lane().row;
-    shared.stored.wait(result + 1 - C.o_slots);
+    const int row = tile::this_lane().row, slot = Shared::o_slot(part);
+    // A place of one's own is free at first, and a turn at the common one must be given.
+    shared.o_empty[part].wait((item.part[part].result & 1) ^ Shared::kOwnPlaces);
     uint32_t worst = 0;
     tile::write_fragment<kOutputs / 2>(shared.o[slot], [&](int i) {
       const float x = scale[tile::row_of(2 * i)];
@@ -262,8 +262,7 @@ struct Consumer {
     const bool spoilt = __any_sync(0xffffffff, ptx::has_nan<C.element>(worst));
     if (leader) shared.spoilt[slot][threadIdx.x % 128 / 32] = spoilt;
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    __syncwarp();
-    if (leader) shared.o_full[slot].arrive();
+    shared.o_full[part].arrive();  // every lane, for what it has written
   }
 
   // From the last block of a tile, or none, to the first scores of the next, or none. Where there are none, the tensor cores multiply
@@ -335,13 +334,14 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) forward_sm90(const 
   extern __shared__ __align__(1024) unsigned char memory[];
   ForwardShared<C>& shared = *reinterpret_cast<ForwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
+  shared.clear_columns(params.head_dim, params.head_dim_v);
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::give_registers<C.loader_registers()>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) load_queries<C>(params, shared);
-    if (warp == 1) load_keys<C>(params, shared, shared.k, params.k_map, shared.k_full, shared.k_empty);
-    if (warp == 2) load_keys<C>(params, shared, shared.v, params.v_map, shared.v_full, shared.v_empty);
+    if (warp == 1) load_keys<C>(params, shared, shared.k, params.k_map, params.head_dim, shared.k_full, shared.k_empty);
+    if (warp == 2) load_keys<C>(params, shared, shared.v, params.v_map, params.head_dim_v, shared.v_full, shared.v_empty);
     if (warp == 3) store_tiles<C>(params, shared);
   } else {
     ptx::take_registers<C.consumer_registers()>();

@@ -10,6 +10,7 @@
 namespace tilewise {
 
 constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows
+constexpr int kRowFloats = 2 * kBlockM;
 constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
 
 // All that changes the instructions of the inner loop.
@@ -19,14 +20,13 @@ struct BackwardConfig {
   int mains;                         // main warpgroups, of 64 keys each
   int stages;                        // tiles of q and do in shared memory
   int dq_columns;                    // columns of dq that are multiplied at once
-  bool ahead;                        // products are issued ahead: s, dp, p and ds have registers of their own
+  bool dq_loads;                     // a thread of the dq warpgroup loads, to leave its registers to the others; else one of its own
   bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
-  bool keep_p;                       // p stays in float32 for ds; else, for want of registers, it is what dv's product takes
   int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
   bool modified = false;             // softcap or ALiBi
   TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
-  TW_HD constexpr int threads() const { return 128 * (mains + 2); }
+  TW_HD constexpr int threads() const { return 128 * (mains + (dq_loads ? 1 : 2)); }
 };
 
 struct BackwardParams {
@@ -49,7 +49,7 @@ struct BackwardParams {
   // Workspace. A head's tiles: those of sequence b begin at first_tile(). Everything is written by the preprocess kernel.
   long long tiles;   // of one head in the workspace
   float* dq_sum;     // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
-  float* rows;       // [head][tile][2][64]: -lse in units of log2, delta = rowsum(do * o) - dlse
+  float* rows;       // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
   float* dsink_sum;  // [head][tile]
   int* turn;         // [head][tile]: how many blocks of keys have added to dq, where their order matters
 };
@@ -78,6 +78,9 @@ TW_HD Trimmed trim(Sequence sequence, long long window_left, long long window_ri
   t.band.offset += q_begin - k_begin;
   return t;
 }
+
+// Rows of a tile, so that what a thread needs of 16 of them is together: in the accumulators it has columns 8 j + 2 (t % 4) + {0, 1}.
+TW_HD int row_place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
 
 // Row number i of those before `begin` and from `end` on.
 TW_HD int outside_row(int i, int begin, int length) { return i < begin ? i : i + length; }

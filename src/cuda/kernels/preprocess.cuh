@@ -21,6 +21,13 @@ __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
   return {place.batch, head, place.block};
 }
 
+// What the backward kernel needs of a row of a tile.
+__device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta) {
+  float* rows = p.rows + tile * kRowFloats + row_place(row);
+  rows[0] = lse;
+  rows[kBlockM] = delta;
+}
+
 template <ptx::Element kElement>
 __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
   ptx::launch_dependents();
@@ -35,9 +42,7 @@ __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const 
   float4* sum = reinterpret_cast<float4*>(p.dq_sum + (tiles + at.tile) * kBlockM * head_dim);
   for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
   if (thread < kBlockM && at.tile * kBlockM + thread >= part.sequence.seqlen_q) {  // rows past the end: p = 0
-    float* rows = p.rows + (tiles + at.tile) * 2 * kBlockM;
-    rows[thread] = -INFINITY;
-    rows[kBlockM + thread] = 0;
+    write_row(p, tiles + at.tile, thread, -INFINITY, 0);
   }
   if (thread == 0) p.turn[tiles + at.tile] = 0;
 
@@ -69,10 +74,8 @@ __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const 
     if (p.dsink && p.sink[at.head] != -INFINITY) dsink -= ptx::exp2((p.sink[at.head] - lse) * kLog2e) * delta;
     const int r = row - part.q_begin;
     if (r < 0 || r >= part.sequence.seqlen_q) continue;
-    float* rows = p.rows + (tiles + r / kBlockM) * 2 * kBlockM + r % kBlockM;
     const bool sees = lse != -INFINITY;  // a row whose scores are all -inf gives and takes nothing
-    rows[0] = sees ? -lse * kLog2e : -INFINITY;
-    rows[kBlockM] = sees ? delta : 0;
+    write_row(p, tiles + r / kBlockM, r % kBlockM, sees ? -lse * kLog2e : -INFINITY, sees ? -delta : 0);
   }
   if (!p.dsink) return;
   __shared__ float warps[kPreprocessThreads / 32];

@@ -27,7 +27,7 @@ struct WorkItem {
     int begin, full_begin, full_end, end;  // as in BlockRange
     int before, behind;                    // blocks of the tile to the right and to the left
     int q_place;                           // where its queries are: a position of the ring
-    uint32_t result;                       // its finished tile is the CTA's n-th
+    uint32_t result;                       // its finished tile is the warpgroup's n-th
     __device__ __forceinline__ bool empty() const { return begin >= end; }
   } part[kParts];
 };

@@ -36,6 +36,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return pair;
 }
 
+// Two products at once, rounded to nearest.
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
 template <Element kElement>
 __device__ __forceinline__ float to_float(uint16_t x) {
   float y;

@@ -35,20 +35,6 @@ struct Barrier {
   }
 };
 
-// A number that one thread raises and others wait for. Unlike a barrier's phase it may be two steps behind.
-struct Counter {
-  uint32_t value;
-  __device__ __forceinline__ uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&value)); }
-  __device__ __forceinline__ void set(uint32_t x) {
-    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address()), "r"(x) : "memory");
-  }
-  __device__ __forceinline__ void wait(uint32_t least) const {
-    uint32_t now;
-    do asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(now) : "r"(address()) : "memory");
-    while (static_cast<int>(now - least) < 0);
-  }
-};
-
 // One register, which counts two rounds of the ring.
 template <int kStages>
 struct Ring {

@@ -24,10 +24,12 @@ __device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
 // The rows of one sequence and head that are its own, from a tile to global memory, by a map as load.cuh describes it. One thread; the
 // tile may be written again when wait_stored() returns.
 template <class T>
-__device__ __forceinline__ void store_rows(const T& tile, const void* map, long long row, int valid_rows, int head, int batch) {
+__device__ __forceinline__ void store_rows(const T& tile, const void* map, long long row, int valid_rows, int head, int batch,
+                                           int columns) {
   const int valid = valid_rows < T::kRows ? valid_rows : T::kRows;
 #pragma unroll
   for (int panel = 0; panel < T::kPanels; ++panel) {
+    if (panel * 64 >= columns) break;
     const int32_t at[5] = {panel * 64, T::kRows - valid, static_cast<int>(row) + valid, head, batch};
     ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_global, ::cuda::ptx::space_shared, map, at, tile.bytes + panel * T::kPanelBytes);
   }

@@ -1,0 +1,195 @@
+// What the warpgroups of the backward kernel share, the warp that loads, and the warpgroup that sums dq.
+#pragma once
+
+#include "cuda/kernels/gradient_work.cuh"
+#include "cuda/ptx/scalar.cuh"
+#include "cuda/tile/cycle.cuh"
+#include "cuda/tile/gemm.cuh"
+#include "cuda/tile/load.cuh"
+#include "cuda/tile/pipeline.cuh"
+#include "cuda/tile/shared.cuh"
+
+namespace tilewise {
+
+constexpr int kLoaderRegisters = 24;
+constexpr int kSlots = 2;  // tiles of ds on their way to the dq warpgroup
+
+template <BackwardConfig C>
+struct BackwardShared {
+  static constexpr int kRows = 64;
+  tile::Tile<kRows, C.head_dim> k[C.key_tiles()];
+  tile::Tile<kRows, C.head_dim_v> v[C.key_tiles()];
+  tile::Tile<kBlockM, C.head_dim> q[C.stages];
+  tile::Tile<kBlockM, C.head_dim_v> do_[C.stages];
+  tile::Tile<kBlockM, kRows> ds[kSlots][C.key_tiles()];                              // queries are rows, 64 keys columns
+  tile::Tile<C.split ? 8 : kBlockM, kRows> nothing;                                  // zeros, for keys that a tile of queries does not see
+  uint4 slopes[C.modified ? C.mains : 1][C.modified ? 4 : 1][C.modified ? 128 : 1];  // a thread's own: the softcap's derivatives
+  float rows[C.stages][kRowFloats];                                                  // gradient_params.h
+  BackwardWork work;
+  tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
+  tile::Barrier ds_full[kSlots][C.key_tiles()], ds_empty[kSlots][C.key_tiles()];
+
+  // Columns that are not there.
+  __device__ __forceinline__ void clear_columns(int head_dim, int head_dim_v) {
+    const int thread = static_cast<int>(threadIdx.x), threads = C.threads();
+    for (auto& tile : k) tile::clear_panels(tile, head_dim, thread, threads);
+    for (auto& tile : v) tile::clear_panels(tile, head_dim_v, thread, threads);
+    for (auto& tile : q) tile::clear_panels(tile, head_dim, thread, threads);
+    for (auto& tile : do_) tile::clear_panels(tile, head_dim_v, thread, threads);
+  }
+  __device__ __forceinline__ void init_barriers() {
+    k_full.init(C.key_tiles());
+    v_full.init(C.key_tiles());
+    for (int i = 0; i < C.stages; ++i) {
+      q_full[i].init(2);  // the tile and the rows
+      do_full[i].init(1);
+      q_empty[i].init(4 * C.mains);  // warps of the main warpgroups
+    }
+    for (int i = 0; i < kSlots; ++i)
+      for (int j = 0; j < C.key_tiles(); ++j) {
+        ds_full[i][j].init(4);
+        ds_empty[i][j].init(4);
+      }
+    ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
+  }
+};
+
+// One thread: the block of keys, then every tile of queries with its rows.
+template <BackwardConfig C>
+struct Loader {
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  int head = 0, m = shared.work.all.begin;
+  tile::Cycle<C.stages> at;
+
+  __device__ __forceinline__ bool more() const { return head < params.group && m < shared.work.all.end; }
+  __device__ __forceinline__ void load_keys() {
+    const Trimmed& part = shared.work.part;
+    const int batch = params.cu_seqlens_k ? 0 : shared.work.batch;
+#pragma unroll 1
+    for (int i = 0; i < C.key_tiles(); ++i) {
+      const int row = shared.work.n_begin + 64 * i, valid = part.sequence.seqlen_k - row;
+      tile::load_rows(shared.k[i], &params.k_map, shared.k_full, part.sequence.k_row + row, valid, shared.work.head, batch,
+                      params.head_dim);
+      tile::load_rows(shared.v[i], &params.v_map, shared.v_full, part.sequence.k_row + row, valid, shared.work.head, batch,
+                      params.head_dim_v);
+    }
+  }
+  __device__ __forceinline__ void load_queries() {
+    const Trimmed& part = shared.work.part;
+    const int batch = params.cu_seqlens_q ? 0 : shared.work.batch;
+    const int row = m * kBlockM, q_head = shared.work.head * params.group + head;
+    const long long q_row = part.sequence.q_row + row;
+    shared.q_empty[at.stage].wait(at.parity ^ 1);
+    tile::load_rows(shared.q[at.stage], &params.q_map, shared.q_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch,
+                    params.head_dim);
+    tile::load_rows(shared.do_[at.stage], &params.do_map, shared.do_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch,
+                    params.head_dim_v);
+    if (head == 0 && m == shared.work.all.begin) ptx::wait_for_previous();  // the rows come from the preprocess kernel
+    shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
+    ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
+                               params.rows + tile_index(params, shared.work, head, m) * kRowFloats, sizeof(shared.rows[at.stage]),
+                               &shared.q_full[at.stage].state);
+    at.advance();
+    if (++m == shared.work.all.end) m = shared.work.all.begin, ++head;
+  }
+  __device__ __forceinline__ void run() {
+    if (more()) load_keys();
+#pragma unroll 1
+    while (more()) load_queries();
+  }
+};
+
+// One warpgroup: dq of every tile.
+template <BackwardConfig C>
+struct QueryGradients {
+  static constexpr int kWidth = C.dq_columns, kThreads = 128;
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  const int thread = static_cast<int>(threadIdx.x) % kThreads;
+
+  __device__ __forceinline__ void run() {
+    Loader<C> loader{params, shared};
+    if (C.dq_loads && thread == 0 && loader.more()) {
+      loader.load_keys();
+#pragma unroll 1
+      for (int i = 0; i < C.stages && loader.more(); ++i) loader.load_queries();
+    }
+    __syncwarp();
+    const int begin = ptx::uniform(shared.work.all.begin), end = ptx::uniform(shared.work.all.end);
+    for (int i = thread; i < shared.nothing.kBytes / 16; i += kThreads)
+      reinterpret_cast<uint4*>(shared.nothing.bytes)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < C.key_tiles(); ++i)  // keys past the end are not loaded
+      if (shared.work.n_begin + 64 * i >= shared.work.part.sequence.seqlen_k) tile::clear_panels(shared.k[i], 0, thread, kThreads);
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    ptx::barrier_sync(1, kThreads);
+    ptx::wait_for_previous();
+    tile::Ring<kSlots> slot[C.key_tiles()];
+    int mine_begin[C.key_tiles()], mine_end[C.key_tiles()];
+#pragma unroll
+    for (int i = 0; i < C.key_tiles(); ++i) {
+      mine_begin[i] = ptx::uniform(shared.work.mine[i].begin);
+      mine_end[i] = ptx::uniform(shared.work.mine[i].end);
+    }
+#pragma unroll 1
+    for (int head = 0; head < params.group; ++head)
+#pragma unroll 1
+      for (int m = begin; m < end; ++m) {
+        bool seen[C.key_tiles()];
+        uint32_t a[C.key_tiles()];
+#pragma unroll
+        for (int i = 0; i < C.key_tiles(); ++i) {
+          seen[i] = m >= mine_begin[i] && m < mine_end[i];
+          if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
+          a[i] = tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16);
+        }
+        // All who see this tile are done with the one before it.
+        if (C.dq_loads && thread == 0 && (m > begin || head > 0) && loader.more()) loader.load_queries();
+        __syncwarp();
+        if (params.deterministic) {
+          if (m > begin || head > 0) end_turn(m > begin ? head : head - 1, m > begin ? m - 1 : end - 1);
+          wait_for_turn(head, m);
+        }
+        float* sum = params.dq_sum + tile_index(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
+#pragma unroll
+        for (int columns = 0; columns < C.head_dim; columns += kWidth) {
+          float dq[kWidth / 2];
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < 4 * C.key_tiles(); ++step) {
+            const auto& k = shared.k[step / 4];
+            const uint32_t b = tile::operand(k.bytes, k.kPanelBytes) + ((columns / 64 * k.kPanelBytes + step % 4 * 2048) >> 4);
+            ptx::Wgmma<C.element, kWidth>::st(dq, a[step / 4] + ((step % 4 * 32) >> 4), b, step > 0);
+          }
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          tile::hold(dq);
+          if (columns + kWidth == C.head_dim)
+#pragma unroll
+            for (int i = 0; i < C.key_tiles(); ++i) {
+              shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && thread % 32 == 0);
+              if (seen[i]) slot[i].advance();
+            }
+#pragma unroll
+          for (int j = 0; j < kWidth / 8; ++j) ptx::add_global(sum + (columns / 8 + j) * kThreads * 4, dq + 4 * j);
+        }
+      }
+    if (params.deterministic && begin < end) end_turn(params.group - 1, end - 1);
+  }
+
+  // Where the order of additions matters: a tile's turn ends late, when the additions have long been on their way.
+  __device__ __forceinline__ void end_turn(int head, int m) {
+    __threadfence();
+    ptx::barrier_sync(1, kThreads);
+    if (thread == 0) ptx::add_release(params.turn + tile_index(params, shared.work, head, m), 1);
+  }
+  __device__ __forceinline__ void wait_for_turn(int head, int m) {
+    if (thread == 0) {
+      const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_n());
+      while (ptx::load_acquire(params.turn + tile_index(params, shared.work, head, m)) != turn) __nanosleep(20);
+    }
+    ptx::barrier_sync(1, kThreads);
+  }
+};
+
+}  // namespace tilewise
