@@ -195,7 +195,11 @@ def _backward_fake(do, dlse, q, k, v, o, lse, *options):
 # --- Autograd: written out, because what torch.library.register_autograd generates costs 75 microseconds more a call (EPYC, torch 2.13) ---
 
 
-class _Attention(torch.autograd.Function):
+# autograd.Function, but for what that does in torch.func's transforms: _apply() does it.
+_SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+
+
+class _Attention(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, run, q, k, v, sink, options):
         o, lse = run(q, k, v, *options)
@@ -217,11 +221,10 @@ class _Attention(torch.autograd.Function):
         return None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None
 
 
-# Function.apply without what it does for torch.func, which _apply() does. An argument costs 0.1 us: those without a gradient come as one.
-_attend = super(torch.autograd.Function, _Attention).apply
+_attend = _Attention.apply  # an argument costs 0.1 us: those without a gradient come as one
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, run, *arguments):
         return run(*arguments)
@@ -231,7 +234,7 @@ class _Gradient(torch.autograd.Function):
         raise NotImplementedError("attention can be differentiated once: tilewise has no gradient of its backward")
 
 
-_differentiate = super(torch.autograd.Function, _Gradient).apply
+_differentiate = _Gradient.apply
 
 
 def _apply(apply, run, *arguments):
