@@ -203,28 +203,22 @@ def test_top_level_function_takes_tensors():
 # --- Plain calls go to the kernels directly; whatever stands in between must still see the operator ---
 
 
-def seen_by_mode(call):
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+def seen_by(base, method):
+    def seen_in(call):
+        def see(self, function, types, arguments=(), options=None):
             seen.append(str(function))
             return function(*arguments, **(options or {}))
 
-    seen = []
-    with Mode():
-        call()
-    return seen
+        seen = []
+        with type("Mode", (base,), {method: see})():
+            call()
+        return seen
+
+    return seen_in
 
 
-def seen_by_function_mode(call):
-    class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, arguments=(), options=None):
-            seen.append(str(function))
-            return function(*arguments, **(options or {}))
-
-    seen = []
-    with Mode():
-        call()
-    return seen
+seen_by_mode = seen_by(torch.utils._python_dispatch.TorchDispatchMode, "__torch_dispatch__")
+seen_by_function_mode = seen_by(torch.overrides.TorchFunctionMode, "__torch_function__")
 
 
 def seen_by_profiler(call):
