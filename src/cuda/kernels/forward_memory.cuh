@@ -32,10 +32,10 @@ struct ForwardShared {
   bool spoilt[C.o_slots][4];  // some row of a warp of the finished tile is NaN
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.consumers], o_empty[C.consumers];
+  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.consumers], o_empty[C.consumers], o_wanted[C.consumers];
   tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
 
-  // Every warpgroup has a place for finished tiles, or all have one in common.
+  // Every warpgroup has a place for finished tiles, or all have one in common, which goes to whoever asks first (o_wanted).
   static constexpr bool kOwnPlaces = C.o_slots == C.consumers;
   static_assert(kOwnPlaces || C.o_slots == 1);
   __device__ __forceinline__ static constexpr int o_slot(int part) { return kOwnPlaces ? part : 0; }
@@ -60,6 +60,7 @@ struct ForwardShared {
     for (int i = 0; i < C.consumers; ++i) {
       o_full[i].init(128);
       o_empty[i].init(32);
+      o_wanted[i].init(4);
     }
     for (int i = 0; i < C.k_stages; ++i) {
       k_full[i].init(1);
@@ -85,21 +86,28 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
     WorkItem<C.consumers>& item = shared.item[items.stage()];
     more = schedule.next(params, C.block_n, item);
-    // Places for queries go round all warpgroups that have work: which one a warpgroup gets is part of the item.
+    // Places for queries go round all warpgroups that have work: which one a warpgroup gets is part of the item. Where places are few and
+    // something bounds the right, the last rows' queries come first: their warpgroup is the first to be done with the tile before.
     const tile::Ring<C.q_slots> first = q_ring;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
-      if (leader) item.part[part].q_place = q_ring.position, item.part[part].result = results[part];
-      if (!more || item.part[part].empty()) continue;
-      q_ring.advance();
-      ++results[part];
+      if (leader) item.part[part].result = results[part];
+      results[part] += more && !item.part[part].empty();
+    }
+    const bool last_first = !ForwardShared<C>::kOwnPlaces && params.window_right >= 0;
+    const auto nth = [&](int i) { return last_first ? C.consumers - 1 - i : i; };
+#pragma unroll
+    for (int i = 0; i < C.consumers; ++i) {
+      if (leader) item.part[nth(i)].q_place = q_ring.position;
+      if (more && !item.part[nth(i)].empty()) q_ring.advance();
     }
     shared.item_full[items.stage()].arrive();  // every lane, for what it has written
     __syncwarp();
     if (!more) break;
     q_ring = first;
 #pragma unroll
-    for (int part = 0; part < C.consumers; ++part) {
+    for (int i = 0; i < C.consumers; ++i) {
+      const int part = nth(i);
       if (item.part[part].empty()) continue;  // sees nothing and asks for nothing
       const int row = item.m_begin + 64 * part;
       shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
@@ -206,9 +214,16 @@ __device__ __forceinline__ void store_tiles(const ForwardParams& params, Forward
     shared.item_full[items.stage()].wait(items.parity());
     const WorkItem<C.consumers>& item = shared.item[items.stage()];
     if (!item.valid) return;
-    for (int part = 0; part < C.consumers; ++part) {
+    unsigned waiting = 0;  // for parts with a tile to store, as bits
+    for (int part = 0; part < C.consumers; ++part) waiting |= !item.part[part].empty() << part;
+    while (waiting != 0) {
+      const auto ready = [&](int part) {  // a place of one's own, or one asks for the common place
+        return (waiting >> part & 1) && (ForwardShared<C>::kOwnPlaces || shared.o_wanted[part].passed(item.part[part].result & 1));
+      };
+      int part = 0;
+      while (!__all_sync(0xffffffff, ready(part))) part = part + 1 == C.consumers ? 0 : part + 1;
+      waiting &= ~(1u << part);
       const typename WorkItem<C.consumers>::Part& own = item.part[part];
-      if (own.empty()) continue;
       const int slot = ForwardShared<C>::o_slot(part);
       const int row = item.m_begin + 64 * part, rows = min_of(64, item.sequence.seqlen_q - row);
       auto& tile = shared.o[slot];

@@ -281,6 +281,7 @@ struct Consumer {
     issue_scores();
     float scale[2], lse[2];
     if (present) {
+      shared.o_wanted[part].arrive_if(!Shared::kOwnPlaces && leader);
       finish(item, scale, lse);
       shared.v_full[values.stage()].wait(values.parity());
     }

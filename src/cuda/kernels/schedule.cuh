@@ -5,7 +5,7 @@
 //   equal tiles (no mask, or a window)   one by one
 //   a causal mask                        in pairs of one long and one short tile, all equal work; those of the last heads, from
 //                                        params.paired_heads on, one by one and falling in size, which fills the end
-//   packed sequences                     in pairs, 32 sequences at a time, the longest first
+//   packed sequences                     32 at a time, the longest first; in pairs where something bounds the right, else one by one
 #pragma once
 
 #include "core/mask.h"
@@ -36,9 +36,13 @@ struct WorkItem {
 struct Schedule {
   int round = 0, second = -1;  // second: the tile that completes a pair
   int batch = 0, head = 0;
-  unsigned first = 0;                                                  // packed: pairs before the chunk of sequences that the lanes hold
-  int chunk = -1, chunk_batch = 0, chunk_m_blocks = 0, chunk_end = 0;  // this lane's sequence, and the pairs up to its end
+  unsigned first = 0;                                                  // packed: units before the chunk of sequences that the lanes hold
+  int chunk = -1, chunk_batch = 0, chunk_m_blocks = 0, chunk_end = 0;  // this lane's sequence, and the units up to its end
 
+  // Packed: units of work of one head of a sequence.
+  static __device__ __forceinline__ int units_of(const ForwardParams& params, int m_blocks) {
+    return params.window_right >= 0 ? (m_blocks + 1) / 2 : m_blocks;
+  }
   // Packed: lane i holds the i-th longest sequence of the chunk.
   __device__ __forceinline__ void load_chunk(const ForwardParams& params, int index, int block_m) {
     const int lane = static_cast<int>(threadIdx.x) % 32, batch = index * 32 + lane;
@@ -56,7 +60,7 @@ struct Schedule {
     chunk = index;
     chunk_batch = index * 32 + source;
     chunk_m_blocks = my_length > 0 ? ceil_div(my_length, block_m) : 0;
-    chunk_end = (chunk_m_blocks + 1) / 2 * params.num_heads;
+    chunk_end = units_of(params, chunk_m_blocks) * params.num_heads;
     for (int distance = 1; distance < 32; distance *= 2) {
       const int before = __shfl_up_sync(0xffffffff, chunk_end, distance);
       if (lane >= distance) chunk_end += before;
@@ -104,13 +108,13 @@ struct Schedule {
         index -= first;
         const int holder = __popc(__ballot_sync(0xffffffff, static_cast<unsigned>(chunk_end) <= index));
         m_blocks = __shfl_sync(0xffffffff, chunk_m_blocks, holder);
-        pairs = (m_blocks + 1) / 2;
+        const unsigned units = units_of(params, m_blocks);
         batch = __shfl_sync(0xffffffff, chunk_batch, holder);
-        index -= __shfl_sync(0xffffffff, chunk_end, holder) - pairs * params.num_heads;
-        head = index / pairs;
-        index -= head * pairs;
+        index -= __shfl_sync(0xffffffff, chunk_end, holder) - units * params.num_heads;
+        head = index / units;
+        index -= head * units;
         m_block = m_blocks - 1 - index;
-        if (m_block != static_cast<int>(index)) second = index;
+        if (units < m_blocks && m_block != static_cast<int>(index)) second = index;
       }
     }
     const int m_begin = m_block * kBlockM;

@@ -26,6 +26,15 @@ struct Barrier {
   __device__ __forceinline__ void arrive_and_expect(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
+  // Whether the phase of this parity is complete.
+  __device__ __forceinline__ bool passed(uint32_t parity) {
+    uint32_t yes;
+    asm volatile("{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+                 : "=r"(yes)
+                 : "r"(address()), "r"(parity)
+                 : "memory");
+    return yes;
+  }
   // Returns when the phase of this parity (0, 1, 0, ...) is complete.
   __device__ __forceinline__ void wait(uint32_t parity) {
     asm volatile(
