@@ -51,7 +51,7 @@ typedef struct tw_problem {
   int64_t window_left, window_right; /* inclusive, -1: unbounded; causal is window_right 0 */
   int64_t total_q, total_k;          /* packed only */
   int32_t packed, seqused_k, alibi, sink, deterministic;
-  int32_t reserved; /* 0 */
+  int32_t accumulate; /* backward: dq, dk and dv are float32, and the gradients are added to what they hold */
 } tw_problem;
 
 /* A processor. Fill it with tw_device_cpu() or tw_device_cuda(). */
@@ -91,6 +91,7 @@ typedef struct tw_options {
   tw_tensor cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink;
   int64_t max_seqlen_q, max_seqlen_k; /* packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows */
   tw_tensor dlse, dsink;
+  int32_t accumulate, reserved; /* reserved: 0 */
 } tw_options;
 
 /* A problem bound to a device and a kernel. Immutable: any number of threads may run it. */

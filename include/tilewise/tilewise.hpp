@@ -57,6 +57,7 @@ struct TW_API Problem {
   int64_t total_q = 0, total_k = 0;                     // packed: rows of q and o, and of k and v
   bool seqused_k = false, alibi = false, sink = false;  // the argument of that name is given
   bool deterministic = false;                           // bitwise repeatable gradients; on the CPU they always are
+  bool accumulate = false;                              // backward: dq, dk and dv are float32, and the gradients are added to what they hold
 
   static Result<Problem> parse(std::string_view text);
   std::string to_string() const;
@@ -144,7 +145,7 @@ struct Options {
   TensorView cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink;
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows
   TensorView dlse, dsink;
-  bool deterministic = false;
+  bool deterministic = false, accumulate = false;  // as in Problem
 };
 // The problem that these tensors and options describe, for a Plan of one's own. Reads shapes, types and, on a CPU, packed lengths.
 TW_API Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, const TensorView& v, const Options& options = {});

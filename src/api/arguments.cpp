@@ -172,9 +172,10 @@ Status check_arguments(const Problem& p, size_t workspace_bytes, const Arguments
     TW_RETURN_IF_ERROR(check_needed("lse", a.lse, f32, lse, Use::kRead));
     TW_RETURN_IF_ERROR(check_needed("do", a.do_, p.dtype, o, Use::kRead));
     TW_RETURN_IF_ERROR(check_optional("dlse", a.dlse, f32, lse, Use::kRead));
-    TW_RETURN_IF_ERROR(check_needed("dq", a.dq, p.dtype, q, Use::kWritten));
-    TW_RETURN_IF_ERROR(check_needed("dk", a.dk, p.dtype, k, Use::kWritten));
-    TW_RETURN_IF_ERROR(check_needed("dv", a.dv, p.dtype, v, Use::kWritten));
+    const DataType gradient = p.accumulate ? f32 : p.dtype;
+    TW_RETURN_IF_ERROR(check_needed("dq", a.dq, gradient, q, Use::kWritten));
+    TW_RETURN_IF_ERROR(check_needed("dk", a.dk, gradient, k, Use::kWritten));
+    TW_RETURN_IF_ERROR(check_needed("dv", a.dv, gradient, v, Use::kWritten));
     if (a.dsink.data && !p.sink) return invalid_argument("dsink is given, but the problem is not made with sink");
     TW_RETURN_IF_ERROR(check_optional("dsink", a.dsink, f32, per_head, Use::kWritten));
     TW_RETURN_IF_ERROR(check_distinct({{"dq", &a.dq}, {"dk", &a.dk}, {"dv", &a.dv}, {"dsink", &a.dsink}},

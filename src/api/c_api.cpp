@@ -73,6 +73,7 @@ Problem to_cpp(const tw_problem& c) {
   p.alibi = c.alibi != 0;
   p.sink = c.sink != 0;
   p.deterministic = c.deterministic != 0;
+  p.accumulate = c.accumulate != 0;
   return p;
 }
 
@@ -101,6 +102,7 @@ tw_problem to_c(const Problem& p) {
   c.alibi = p.alibi;
   c.sink = p.sink;
   c.deterministic = p.deterministic;
+  c.accumulate = p.accumulate;
   return c;
 }
 
@@ -192,6 +194,7 @@ Result<Options> to_cpp(const tw_options* c) {
   options.dlse = to_cpp(c->dlse);
   options.dsink = to_cpp(c->dsink);
   options.deterministic = c->deterministic != 0;
+  options.accumulate = c->accumulate != 0;
   return options;
 }
 

@@ -138,6 +138,7 @@ Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, co
   p.alibi = static_cast<bool>(options.alibi_slopes);
   p.sink = static_cast<bool>(options.sink);
   p.deterministic = options.deterministic;
+  p.accumulate = options.accumulate;
   return p;
 }
 

@@ -68,9 +68,10 @@ class Parser {
     if (word("alibi")) return set(kAlibi, token, p.alibi, true);
     if (word("sink")) return set(kSink, token, p.sink, true);
     if (word("deterministic")) return set(kDeterministic, token, p.deterministic, true);
+    if (word("accumulate")) return set(kAccumulate, token, p.accumulate, true);
     return invalid_argument(quoted(token) +
                             " is none of fwd bwd b q k h d fp32 bf16 fp16 causal window= topleft packed tq tk seqused scale= softcap= "
-                            "alibi sink deterministic");
+                            "alibi sink deterministic accumulate");
   }
 
   Result<Problem> finish() {
@@ -104,6 +105,7 @@ class Parser {
     kAlibi,
     kSink,
     kDeterministic,
+    kAccumulate,
     kFields
   };
 
@@ -205,6 +207,7 @@ std::string Problem::to_string() const {
   if (alibi) add("alibi");
   if (sink) add("sink");
   if (deterministic) add("deterministic");
+  if (accumulate) add("accumulate");
   return text;
 }
 
@@ -220,6 +223,8 @@ Status Problem::validate() const {
   if (alignment != Alignment::kBottomRight && alignment != Alignment::kTopLeft) {
     return refuse("alignment", static_cast<int64_t>(alignment), "is neither bottom_right nor top_left");
   }
+
+  if (accumulate && pass == Pass::kForward) return invalid_argument("accumulate is given, but it is for gradients and the pass is fwd");
 
   struct Size {
     std::string_view name;

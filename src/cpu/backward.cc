@@ -249,19 +249,28 @@ TileRange tiles_that_see(const Group& g, int n0, int n1) {
   return {row_begin / kTileRows, ceil_div<int64_t>(row_end, kTileRows)};
 }
 
+// n elements of a sum times factor: a row of the user's gradient, or added to one of float32.
+void write_gradient(const Group& g, float* sum, int n, float factor, const Tensor& to, int64_t row, int head) {
+  if (g.p.accumulate) {
+    float* at = row_of<float>(to, g.batch_index, row, head);
+    for (int i = 0; i < n; ++i) at[i] += factor * sum[i];
+    return;
+  }
+  with_element(g.p.element, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    store_scaled_row(sum, n, factor, row_of<T>(to, g.batch_index, row, head));
+  });
+}
+
 // dK and dV of the keys [n0, n1).
 void store_keys(const Group& g, const Layout& at, const KeyBlock& block) {
   // dK was summed over Q as it was packed, with query_factor in it.
   const float factor = g.p.softcap > 0 ? g.p.softcap : kLn2;
-  with_element(g.p.element, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int j = block.n0; j < block.n1; ++j) {
-      const int64_t row = g.seq.k_row + j;
-      const ptrdiff_t i = j - block.n0;
-      store_scaled_row(block.dk + i * at.ldk, g.p.head_dim, factor, row_of<T>(g.p.dk, g.batch_index, row, g.kv_head));
-      store_scaled_row(block.dv + i * at.ldv, g.p.head_dim_v, 1.0f, row_of<T>(g.p.dv, g.batch_index, row, g.kv_head));
-    }
-  });
+  for (int j = block.n0; j < block.n1; ++j) {
+    const ptrdiff_t i = j - block.n0;
+    write_gradient(g, block.dk + i * at.ldk, g.p.head_dim, factor, g.p.dk, g.seq.k_row + j, g.kv_head);
+    write_gradient(g, block.dv + i * at.ldv, g.p.head_dim_v, 1.0f, g.p.dv, g.seq.k_row + j, g.kv_head);
+  }
 }
 
 }  // namespace
@@ -367,11 +376,7 @@ void backward_dq(const Params& p, int b, int kv_head, int64_t t, void* scratch) 
     for (int c = 0; c < p.head_dim; c += 4) transpose4x4(sum + c * static_cast<ptrdiff_t>(kTileRows) + r, kTileRows, rows + c, at.ldk);
     for (int i = 0; i < min_of(4, count - r); ++i) {
       const QueryHead row = query_head_of_row(t * kTileRows + r + i, p.group);
-      with_element(p.element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        store_scaled_row(rows + i * static_cast<ptrdiff_t>(at.ldk), p.head_dim, p.scale,
-                         row_of<T>(p.dq, b, g.seq.q_row + row.query, g.head(row)));
-      });
+      write_gradient(g, rows + i * static_cast<ptrdiff_t>(at.ldk), p.head_dim, p.scale, p.dq, g.seq.q_row + row.query, g.head(row));
     }
   }
 }

@@ -100,6 +100,7 @@ Params make_params(const Isa& isa, const Problem& p, const Device& device, const
   r.window_left = p.window_left;
   r.window_right = p.window_right;
   r.top_left = p.alignment == Alignment::kTopLeft;
+  r.accumulate = p.accumulate;
   r.cu_seqlens_q = static_cast<const int*>(a.cu_seqlens_q.data);
   r.cu_seqlens_k = static_cast<const int*>(a.cu_seqlens_k.data);
   r.seqused_k = static_cast<const int*>(a.seqused_k.data);

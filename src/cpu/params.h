@@ -36,6 +36,7 @@ struct Params {
   float scale, softcap;
   int64_t window_left, window_right;
   bool top_left;
+  bool accumulate;  // dq, dk and dv are float32 and are added to
   const int* cu_seqlens_q;
   const int* cu_seqlens_k;
   const int* seqused_k;

@@ -54,9 +54,10 @@ inline MapSource map_source(const TensorView& t, bool bfloat16) {
 // The copy engine and 16-byte stores need rows that begin at multiples of 16 bytes. Tensors whose rows do not are refused and not packed
 // into workspace first: strides are known in run() only, so that every plan would have to reserve a copy of q, k, v and o.
 inline Status check_rows(const char* name, const TensorView& t) {
+  const int64_t bytes = t.dtype == DataType::kFloat32 ? 4 : 2;
   const auto refused = [&](const std::string& what, const std::string& rule) {
     return unsupported(std::string(name) + what + ", but " + rule + " for sm_90 kernels: copy " + name +
-                       " to a tensor whose rows are padded to a multiple of 8 elements");
+                       " to a tensor whose rows are padded to a multiple of " + std::to_string(16 / bytes) + " elements");
   };
   const std::string aligned = "every row must begin at a multiple of 16 bytes";
   if (const uintptr_t past = reinterpret_cast<uintptr_t>(t.data) % 16; past != 0)
@@ -65,7 +66,7 @@ inline Status check_rows(const char* name, const TensorView& t) {
     if (t.shape[i] <= 1) continue;
     const auto stride = [&] { return " has stride " + std::to_string(t.stride[i]) + " in its dimension " + std::to_string(i); };
     if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39) return refused(stride(), "strides must lie between 0 and 2^39 elements");
-    if (t.stride[i] % 8 != 0) return refused(stride() + ", which is " + std::to_string(2 * t.stride[i]) + " bytes", aligned);
+    if (t.stride[i] * bytes % 16 != 0) return refused(stride() + ", which is " + std::to_string(t.stride[i] * bytes) + " bytes", aligned);
   }
   return {};
 }

@@ -156,6 +156,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
   r.top_left = p.alignment == Alignment::kTopLeft;
   r.deterministic = p.deterministic;
+  r.accumulate = p.accumulate;
   r.q_tiles = static_cast<int>(counts.q_tiles);
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.tiles = counts.tiles;

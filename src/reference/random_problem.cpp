@@ -63,6 +63,7 @@ Problem random_problem(uint64_t seed, const FuzzLimits& limits) {
   p.alibi = random.chance(0.15);
   p.sink = random.chance(0.15);
   p.deterministic = random.chance(0.1);
+  p.accumulate = p.pass == Pass::kBackward && random.chance(0.1);
   return p;
 }
 

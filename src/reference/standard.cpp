@@ -162,13 +162,14 @@ void multiply(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t 
 // A tensor of the caller by (batch, head): in place where BLAS can take it, else through a float copy of the same shape.
 struct Operand {
   TensorView view;
-  bool in_place = true;
+  bool in_place = true, add = false;  // add: what it holds is added to
   std::vector<float> copy;
 
-  void attach(const TensorView& tensor) {
+  void attach(const TensorView& tensor, bool added = false) {
     view = tensor;
+    add = added;
     const int64_t dim = view.shape[view.rank - 1], row_stride = view.stride[view.rank - 3];
-    in_place = view.dtype == DataType::kFloat32 && row_stride >= dim && row_stride <= std::numeric_limits<int>::max();
+    in_place = !add && view.dtype == DataType::kFloat32 && row_stride >= dim && row_stride <= std::numeric_limits<int>::max();
     if (!in_place) copy.resize(static_cast<size_t>(rows() * heads() * dim));
   }
   int64_t rows() const { return view.rank == 4 ? view.shape[0] * view.shape[1] : view.shape[0]; }
@@ -198,8 +199,11 @@ struct Operand {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows(); ++row)
       for (int64_t head = 0; head < heads(); ++head)
-        for (int64_t x = 0; x < dim(); ++x)
-          write_element(view.data, view.dtype, offset(row, head) + x, copy[(row * heads() + head) * dim() + x]);
+        for (int64_t x = 0; x < dim(); ++x) {
+          const int64_t at = offset(row, head) + x;
+          const float before = add ? read_element(view.data, view.dtype, at) : 0;
+          write_element(view.data, view.dtype, at, before + copy[(row * heads() + head) * dim() + x]);
+        }
   }
   void clear() {
     for (int64_t row = 0; row < rows(); ++row)
@@ -539,7 +543,8 @@ Status Standard::backward(const Arguments& arguments) {
   if (s.problem.pass != Pass::kBackward) return invalid_argument("pass is fwd: backward of standard attention needs a problem of pass bwd");
   openblas_set_num_threads(1);
   s.q.attach(arguments.q), s.k.attach(arguments.k), s.v.attach(arguments.v), s.do_.attach(arguments.do_);
-  s.dq.attach(arguments.dq), s.dk.attach(arguments.dk), s.dv.attach(arguments.dv);
+  for (auto [output, view] : {std::pair{&s.dq, &arguments.dq}, {&s.dk, &arguments.dk}, {&s.dv, &arguments.dv}})
+    output->attach(*view, s.problem.accumulate);
   for (Operand* input : {&s.q, &s.k, &s.v, &s.do_}) input->load(s.team());
   if (s.problem.seqused_k) s.dk.clear(), s.dv.clear();  // rows past the used keys belong to no item
   const int64_t pairs = s.problem.batch * s.heads(), pairs_kv = s.problem.batch * s.problem.num_heads_kv;

@@ -102,17 +102,26 @@ Status Trial::State::add(std::string name, TensorView Arguments::*member, bool o
   return {};
 }
 
-Status Trial::State::add_rows(std::string name, TensorView Arguments::*member, bool output, bool keys, int64_t heads, int64_t dim) {
+Status Trial::State::add_rows(std::string name, TensorView Arguments::*member, bool output, bool keys, int64_t heads, int64_t dim,
+                              std::optional<DataType> dtype) {
   const Problem& p = problem();
+  const DataType type = dtype.value_or(p.dtype);
   int64_t extent;
   if (p.packed) {
     const int64_t total = keys ? p.total_k : p.total_q;
-    const std::array<int64_t, 4> s = strides_of(layout, {1, total, heads, dim}, element_bytes(p.dtype), &extent);
-    return add(std::move(name), member, output, p.dtype, {total, heads, dim}, {s[1], s[2], s[3]}, extent);
+    const std::array<int64_t, 4> s = strides_of(layout, {1, total, heads, dim}, element_bytes(type), &extent);
+    return add(std::move(name), member, output, type, {total, heads, dim}, {s[1], s[2], s[3]}, extent);
   }
   const int64_t seqlen = keys ? p.seqlen_k : p.seqlen_q;
-  const std::array<int64_t, 4> s = strides_of(layout, {p.batch, seqlen, heads, dim}, element_bytes(p.dtype), &extent);
-  return add(std::move(name), member, output, p.dtype, {p.batch, seqlen, heads, dim}, {s[0], s[1], s[2], s[3]}, extent);
+  const std::array<int64_t, 4> s = strides_of(layout, {p.batch, seqlen, heads, dim}, element_bytes(type), &extent);
+  return add(std::move(name), member, output, type, {p.batch, seqlen, heads, dim}, {s[0], s[1], s[2], s[3]}, extent);
+}
+
+Status Trial::State::add_gradient(std::string name, TensorView Arguments::*member, bool keys, int64_t heads, int64_t dim) {
+  const bool accumulate = problem().accumulate;
+  Status status = add_rows(std::move(name), member, true, keys, heads, dim, accumulate ? DataType::kFloat32 : problem().dtype);
+  if (status.ok()) tensors.back().added_to = accumulate;
+  return status;
 }
 
 Status Trial::State::add_small(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape) {
@@ -133,6 +142,13 @@ void Trial::State::draw(std::string_view name, double scale) {
   for_each_element(t.host, [&](int64_t index, int64_t at) {
     write_element(t.host.data, t.host.dtype, at, static_cast<float>(scale) * normal(stream, index));
   });
+}
+
+void Trial::State::prepare_output(Tensor& t) {
+  if (t.added_to)
+    draw(t.name);
+  else
+    t.fill_elements(kUnwritten32, kUnwritten16);
 }
 
 void Trial::State::draw_sequences() {
@@ -209,6 +225,7 @@ void Trial::State::poison_unused_rows() {
 Status Trial::State::make_forward_results() {
   Problem forward = problem();
   forward.pass = Pass::kForward;
+  forward.accumulate = false;
   const Result<Plan> forward_plan = Plan::make(forward, plan.device());
   if (!forward_plan) {
     const Outputs exact = attention(forward, host_arguments);
@@ -281,9 +298,9 @@ Result<Trial> Trial::make(const Problem& problem, const Device& device, uint64_t
   if (backward) {
     add(s.add_rows("do", &A::do_, false, false, p.num_heads_q, p.head_dim_v));
     if (with_dlse) add(s.add_small("dlse", &A::dlse, false, f32, lse_shape));
-    add(s.add_rows("dq", &A::dq, true, false, p.num_heads_q, p.head_dim));
-    add(s.add_rows("dk", &A::dk, true, true, p.num_heads_kv, p.head_dim));
-    add(s.add_rows("dv", &A::dv, true, true, p.num_heads_kv, p.head_dim_v));
+    add(s.add_gradient("dq", &A::dq, false, p.num_heads_q, p.head_dim));
+    add(s.add_gradient("dk", &A::dk, true, p.num_heads_kv, p.head_dim));
+    add(s.add_gradient("dv", &A::dv, true, p.num_heads_kv, p.head_dim_v));
     if (p.sink) add(s.add_small("dsink", &A::dsink, true, f32, {p.num_heads_q}));
   }
   if (!status.ok()) return status;
@@ -328,7 +345,7 @@ Result<Trial> Trial::make(const Problem& problem, const Device& device, uint64_t
 Status Trial::upload() {
   State& s = *state_;
   for (Tensor& t : s.tensors) {
-    if (t.output) t.fill_elements(kUnwritten32, kUnwritten16);
+    if (t.output) s.prepare_output(t);
     if (Status status = t.buffer.copy_from_host(t.mirror.data(), t.mirror.size()); !status.ok()) return status;
   }
   const std::vector<std::byte> poison(s.workspace.size(), std::byte{0xff});

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -47,6 +48,7 @@ struct Tensor {
   TensorView host;  // into mirror
   std::vector<std::byte> mirror;
   Buffer buffer;
+  bool added_to = false;  // an output that holds numbers of its own before the run
 
   int64_t offset_bytes() const { return static_cast<std::byte*>(host.data) - mirror.data(); }
   void fill_elements(uint32_t bits32, uint16_t bits16) {
@@ -94,9 +96,12 @@ struct Trial::State {
   // shape with its strides; margins and gaps poisoned. Elements are undefined.
   Status add(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape,
              std::vector<int64_t> stride, int64_t extent);
-  Status add_rows(std::string name, TensorView Arguments::*member, bool output, bool keys, int64_t heads, int64_t dim);
+  Status add_rows(std::string name, TensorView Arguments::*member, bool output, bool keys, int64_t heads, int64_t dim,
+                  std::optional<DataType> dtype = {});  // the problem's where not given
+  Status add_gradient(std::string name, TensorView Arguments::*member, bool keys, int64_t heads, int64_t dim);
   Status add_small(std::string name, TensorView Arguments::*member, bool output, DataType dtype, std::vector<int64_t> shape);
   void draw(std::string_view name, double scale = 1);
+  void prepare_output(Tensor& t);  // what it holds before the run
   void draw_sequences();
   std::vector<char> keys_in_use() const;              // per row of k and v: at least one query sees it
   std::vector<char> rows_in_use(bool of_keys) const;  // per row of q and o, or of k and v: it belongs to a sequence

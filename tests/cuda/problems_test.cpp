@@ -48,6 +48,7 @@ struct Problems : Cuda {
       Problem problem = reference::random_problem(seed, limits);
       problem.pass = pass;
       problem.deterministic = pass == Pass::kBackward && seed % 5 == 0;
+      problem.accumulate = pass == Pass::kBackward && seed % 6 == 0;
       verify(fitted(problem, seed % 2 ? DataType::kBFloat16 : DataType::kFloat16), seed, kLayouts[seed % 3]);
     }
   }
@@ -83,7 +84,7 @@ TEST_F(Problems, EveryBackwardRowRuns) {
   std::set<std::string> names;
   for (const char* dims : {"64", "96", "128", "256", "80", "8", "104/40", "192", "192/128", "248"})
     for (const char* type : {"bf16", "fp16"})
-      for (const char* score : {"", " softcap=20", " alibi", " deterministic"}) {
+      for (const char* score : {"", " softcap=20", " alibi", " deterministic", " accumulate"}) {
         const Problem problem = parse("bwd b2 q300 k520 h4/2 d" + std::string(dims) + " " + type + " causal" + score);
         const Result<Plan> plan = Plan::make(problem, device_);
         ASSERT_TRUE(plan.ok()) << plan.status().message();

@@ -239,8 +239,7 @@ struct KeyGradients {
     for (int r = 0; r < 2; ++r) {
       const long long row = shared.work.part.sequence.k_row + key + 8 * r;
       const bool inside = key + 8 * r < shared.work.part.band.seqlen_k;
-      uint16_t* at = row_of(to, params.cu_seqlens_k != nullptr, shared.work.batch, row, shared.work.head) + first_column;
-      tile::store_row<C.element>(sum, r, factor, inside ? at : nullptr, head_dim - first_column);
+      write_gradient<C.element>(params, sum, r, factor, inside, to, shared.work.batch, row, shared.work.head, first_column, head_dim);
     }
   }
 

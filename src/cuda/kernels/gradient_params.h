@@ -45,6 +45,7 @@ struct BackwardParams {
   float scale, scale_log2;          // scale_log2: for powers of two
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
+  bool accumulate;        // dq, dk and dv are float32 and are added to
   int q_tiles, k_blocks;  // of one head: tiles of rows and blocks of keys, packed: bounds; not packed: of one sequence
   // Workspace. A head's tiles: those of sequence b begin at first_tile(). Everything is written by the preprocess kernel.
   long long tiles;   // of one head in the workspace

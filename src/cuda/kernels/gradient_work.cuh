@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/gradient_params.h"
+#include "cuda/tile/store_row.cuh"
 
 namespace tilewise {
 
@@ -41,8 +42,20 @@ __device__ __forceinline__ Trimmed trimmed_sequence(const BackwardParams& p, int
               p.top_left);
 }
 
-__device__ __forceinline__ uint16_t* row_of(const Elements& t, bool packed, int batch, long long row, int head) {
-  return static_cast<uint16_t*>(t.data) + (packed ? 0 : batch * t.batch) + row * t.row + head * t.head;
+template <class T = uint16_t>
+__device__ __forceinline__ T* row_of(const Elements& t, bool packed, int batch, long long row, int head) {
+  return static_cast<T*>(t.data) + (packed ? 0 : batch * t.batch) + row * t.row + head * t.head;
+}
+
+// Row r of this thread's fragment of a gradient, from `column` on: stored, or added where the caller wants that.
+template <ptx::Element kElement, int kCount>
+__device__ __forceinline__ void write_gradient(const BackwardParams& p, const float (&sum)[kCount], int r, float factor, bool inside,
+                                               const Elements& to, int batch, long long row, int head, int column, int columns) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  if (p.accumulate)
+    tile::add_row(sum, r, factor, inside ? row_of<float>(to, packed, batch, row, head) + column : nullptr, columns - column);
+  else
+    tile::store_row<kElement>(sum, r, factor, inside ? row_of(to, packed, batch, row, head) + column : nullptr, columns - column);
 }
 
 // What a CTA does. Written once, read by all.
@@ -60,7 +73,7 @@ __device__ __forceinline__ long long tile_index(const BackwardParams& params, co
   return (work.head * params.group + head) * params.tiles + work.first_tile + m;
 }
 
-// Finds the CTA's work and writes 0 to rows of dk and dv that take no part. By one warp. Long blocks come first under a causal mask; where
+// Finds the CTA's work and writes 0 to rows of dk and dv that take no part (adds none, where gradients are added). By one warp. Long blocks come first under a causal mask; where
 // the order of additions to dq matters, blocks come falling, so that whoever is waited for has been launched before.
 template <BackwardConfig C>
 __device__ __forceinline__ void find_work(const BackwardParams& params, BackwardWork& work) {
@@ -85,7 +98,7 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
     work.all = tiles_of(work.n_begin, C.block_n());
     for (int i = 0; i < C.key_tiles(); ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
     __syncwarp();
-    const int outside = min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
+    const int outside = params.accumulate ? 0 : min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
     for (int i = 0; i < outside; ++i) {
       const int row = outside_row(work.n_begin + i, work.part.k_begin, band.seqlen_k);

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kPostprocessThreads)
   const Trimmed part = trimmed_sequence(p, at.batch);
   const bool packed = p.cu_seqlens_q != nullptr;
   const int thread = static_cast<int>(threadIdx.x);
-  const int outside = whole.seqlen_q - part.sequence.seqlen_q, units = p.head_dim / 8;
+  const int outside = p.accumulate ? 0 : whole.seqlen_q - part.sequence.seqlen_q, units = p.head_dim / 8;
   for (int i = thread; i < min_of(kBlockM, outside - at.tile * kBlockM) * units; i += 128) {
     const int row = outside_row(at.tile * kBlockM + i / units, part.q_begin, part.sequence.seqlen_q);
     *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + i % units * 8) = make_uint4(0, 0, 0, 0);
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kPostprocessThreads)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first + 8 * r;
-      uint16_t* to = row < part.sequence.seqlen_q ? row_of(p.dq, packed, at.batch, part.sequence.q_row + row, at.head) + columns : nullptr;
-      tile::store_row<kElement>(x, r, p.scale, to, p.head_dim - columns);
+      write_gradient<kElement>(p, x, r, p.scale, row < part.sequence.seqlen_q, p.dq, at.batch, part.sequence.q_row + row, at.head, columns,
+                               p.head_dim);
     }
   }
 }

@@ -39,4 +39,16 @@ __device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float
   }
 }
 
+// Adds row r of this thread's fragment, times `factor`, to float32. `row` points to the row's first column; null: nothing.
+template <int kCount>
+__device__ __forceinline__ void add_row(const float (&x)[kCount], int r, float factor, float* row, int columns) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const int i = 4 * j + 2 * r, column = 8 * j + 2 * (static_cast<int>(threadIdx.x) % 4);
+    if (!row || column >= columns) continue;
+    float2& at = *reinterpret_cast<float2*>(row + column);
+    at = make_float2(at.x + factor * x[i], at.y + factor * x[i + 1]);
+  }
+}
+
 }  // namespace tilewise::tile
