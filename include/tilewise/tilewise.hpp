@@ -57,7 +57,7 @@ struct TW_API Problem {
   int64_t total_q = 0, total_k = 0;                     // packed: rows of q and o, and of k and v
   bool seqused_k = false, alibi = false, sink = false;  // the argument of that name is given
   bool deterministic = false;                           // bitwise repeatable gradients; on the CPU they always are
-  bool accumulate = false;                              // backward: dq, dk and dv are float32, and the gradients are added to what they hold
+  bool accumulate = false;  // backward: dq, dk and dv are float32, and the gradients are added to what they hold
 
   static Result<Problem> parse(std::string_view text);
   std::string to_string() const;

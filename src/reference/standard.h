@@ -26,7 +26,8 @@ class Standard {
 
   // Writes o and, where given, lse. Leaves P in memory.
   Status forward(const Arguments& arguments);
-  // Writes (or adds to, where the problem says accumulate) dq, dk, dv and, where given, writes dsink, from the P of the last forward(); destroys nothing of it.
+  // Writes (or adds to, where the problem says accumulate) dq, dk, dv and, where given, writes dsink, from the P of the last forward();
+  // destroys nothing of it.
   Status backward(const Arguments& arguments);
 
  private:

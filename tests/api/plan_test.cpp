@@ -64,9 +64,13 @@ struct Call {
     if (p.pass == Pass::kBackward) {
       a.do_ = rows(p.total_q, p.seqlen_q, p.num_heads_q, p.head_dim_v);
       a.dlse = per_row();
-      a.dq = rows(p.total_q, p.seqlen_q, p.num_heads_q, p.head_dim);
-      a.dk = rows(p.total_k, p.seqlen_k, p.num_heads_kv, p.head_dim);
-      a.dv = rows(p.total_k, p.seqlen_k, p.num_heads_kv, p.head_dim_v);
+      const auto gradient = [&](TensorView view) {
+        if (p.accumulate) view.dtype = DataType::kFloat32;
+        return view;
+      };
+      a.dq = gradient(rows(p.total_q, p.seqlen_q, p.num_heads_q, p.head_dim));
+      a.dk = gradient(rows(p.total_k, p.seqlen_k, p.num_heads_kv, p.head_dim));
+      a.dv = gradient(rows(p.total_k, p.seqlen_k, p.num_heads_kv, p.head_dim_v));
       if (p.sink) a.dsink = tensor({p.num_heads_q});
     }
     const Result<Plan> plan = Plan::make(problem);
@@ -392,6 +396,40 @@ TEST(OneCall, EqualsPlanAndRun) {
   EXPECT_EQ(backward_call.buffers, expected);
   options.max_seqlen_q = options.max_seqlen_k = 0;  // then the packed rows bound every sequence
   EXPECT_TRUE(backward(b.do_, b.q, b.k, b.v, b.o, b.lse, b.dq, b.dk, b.dv, options).ok());
+}
+
+// What ring attention does: every part of the keys adds its share to dq, with the lse of all keys.
+TEST(OneCall, PartsOfTheKeysAccumulateToTheWhole) {
+  Call forward_call("b2 q6 k10 h4/2 d8");
+  ASSERT_TRUE(forward_call.run().ok());
+  Call call("bwd b2 q6 k10 h4/2 d8 accumulate");
+  Arguments& a = call.arguments;
+  a.o = forward_call.arguments.o, a.lse = forward_call.arguments.lse, a.dlse = {};
+  for (size_t i : {size_t{7}, size_t{8}, size_t{9}}) std::fill(call.buffers[i].begin(), call.buffers[i].end(), 0.0f);
+  ASSERT_EQ(a.dq.data, call.buffers[7].data());
+  ASSERT_TRUE(call.run().ok());
+  const std::vector<float> dq = call.buffers[7], dk = call.buffers[8], dv = call.buffers[9];
+  for (size_t i : {size_t{7}, size_t{8}, size_t{9}}) std::fill(call.buffers[i].begin(), call.buffers[i].end(), 1.0f);
+  const auto keys = [](TensorView view, int64_t begin, int64_t end) {
+    view.data = static_cast<float*>(view.data) + begin * view.stride[1];
+    view.shape[1] = end - begin;
+    return view;
+  };
+  Options options;
+  options.accumulate = true;
+  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 3}, {3, 10}}) {
+    const Status status = backward(a.do_, a.q, keys(a.k, begin, end), keys(a.v, begin, end), a.o, a.lse, a.dq, keys(a.dk, begin, end),
+                                   keys(a.dv, begin, end), options);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  const auto expect_more = [](const std::vector<float>& got, const std::vector<float>& added) {
+    for (size_t i = 0; i < got.size(); ++i) EXPECT_NEAR(got[i], 1 + added[i], 1e-6f);
+  };
+  expect_more(call.buffers[7], dq);
+  expect_more(call.buffers[8], dk);
+  expect_more(call.buffers[9], dv);
+  EXPECT_EQ(error_with("bwd q3 k4 d8 bf16 accumulate", [](Arguments& x) { x.dq.dtype = DataType::kBFloat16; }),
+            "dq has dtype bfloat16, but the problem needs float32");
 }
 
 TEST(Describe, IsTheProblemOfTheTensors) {

@@ -32,12 +32,12 @@ TEST(Problem, PrintsEveryToken) {
   p.packed = true;
   p.total_q = 300;
   p.total_k = 400;
-  p.seqused_k = p.alibi = p.sink = p.deterministic = true;
+  p.seqused_k = p.alibi = p.sink = p.deterministic = p.accumulate = true;
   p.softmax_scale = 0.1f;
   p.softcap = 30;
-  EXPECT_EQ(
-      p.to_string(),
-      "bwd b2 q4096 k8192 h32/8 d128/64 bf16 causal topleft packed tq300 tk400 seqused scale=0.1 softcap=30 alibi sink deterministic");
+  EXPECT_EQ(p.to_string(),
+            "bwd b2 q4096 k8192 h32/8 d128/64 bf16 causal topleft packed tq300 tk400 seqused scale=0.1 softcap=30 alibi sink deterministic "
+            "accumulate");
   EXPECT_EQ(*Problem::parse(p.to_string()), p);
 }
 
@@ -91,6 +91,7 @@ TEST(Problem, EveryLegalProblemSurvivesTheRoundTrip) {
     p.alibi = below(2);
     p.sink = below(2);
     p.deterministic = below(2);
+    p.accumulate = p.pass == Pass::kBackward && below(2);
     ASSERT_TRUE(p.validate().ok()) << p.validate().message();
     const Result<Problem> again = Problem::parse(p.to_string());
     ASSERT_TRUE(again.ok()) << p.to_string() << ": " << again.status().message();
@@ -120,7 +121,9 @@ TEST(Problem, BadTokensAreNamed) {
 }
 
 TEST(Problem, EveryFieldIsSetOnce) {
-  const std::string line = "bwd b2 q8 k9 h4 d8 bf16 causal topleft packed tq3 tk4 seqused scale=1 softcap=2 alibi sink deterministic";
+  const std::string line =
+      "bwd b2 q8 k9 h4 d8 bf16 causal topleft packed tq3 tk4 seqused scale=1 softcap=2 alibi sink deterministic "
+      "accumulate";
   ASSERT_TRUE(Problem::parse(line).ok()) << error_of(line);
   std::istringstream words(line);
   for (std::string token; words >> token;) {

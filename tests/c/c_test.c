@@ -170,7 +170,7 @@ static void test_problem(void) {
   size_t length;
   const char* line =
       "bwd b2 q4096 k8192 h32/8 d128/64 bf16 window=5,-1 topleft packed tq300 tk400 seqused scale=0.1 softcap=30 alibi sink "
-      "deterministic";
+      "deterministic accumulate";
   tw_problem_init(&problem, sizeof problem);
   tw_problem_init(&again, sizeof again);
   EXPECT(problem.batch == 1 && problem.window_left == -1 && problem.window_right == -1 && problem.struct_size == sizeof problem);
@@ -185,7 +185,7 @@ static void test_problem(void) {
   EXPECT_ERROR(
       tw_problem_parse("q4 d8 foo=1", &again), TW_INVALID_ARGUMENT,
       "token 'foo=1' is none of fwd bwd b q k h d fp32 bf16 fp16 causal window= topleft packed tq tk seqused scale= softcap= alibi "
-      "sink deterministic");
+      "sink deterministic accumulate");
   EXPECT(memcmp(&problem, &again, sizeof problem) == 0); /* untouched by the error */
   problem.num_heads_kv = 5;
   EXPECT_ERROR(tw_problem_validate(&problem), TW_INVALID_ARGUMENT, "num_heads_q 32 is not a multiple of num_heads_kv 5");

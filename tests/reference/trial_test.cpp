@@ -15,7 +15,8 @@ namespace {
 Problem parse(std::string_view line) { return Problem::parse(line).value(); }
 
 TEST(Trial, PassesTheLibrary) {
-  for (const char* line : {"fwd b2 q40 k50 h4/2 d24 fp32 causal", "bwd b3 q20 k30 h2 d16 bf16 packed tq40 tk50 sink"})
+  for (const char* line : {"fwd b2 q40 k50 h4/2 d24 fp32 causal", "bwd b3 q20 k30 h2 d16 bf16 packed tq40 tk50 sink",
+                           "bwd b3 q20 k30 h2 d16 bf16 packed tq40 tk50 sink accumulate"})
     for (Layout layout : {Layout::kBshd, Layout::kBhsd, Layout::kGaps, Layout::kPermuted}) {
       const Result<Report> report = verify(parse(line), Device::cpu(), 1, layout);
       ASSERT_TRUE(report.ok()) << report.status().message();
@@ -61,6 +62,12 @@ TEST(Trial, FindsDamage) {
         bf16, layout, [&](const Arguments& a) { halves(a.dv)[-1] = 0; }, "dv", "memory around");
     expect_found(
         bf16, layout, [&](const Arguments& a) { floats(a.dsink)[1] = 100; }, "dsink", "max error");
+  }
+  for (const char* line : {"bwd b2 q40 k50 h2 d24 fp32 accumulate", "bwd b2 q40 k50 h2 d24 bf16 accumulate"}) {
+    const auto stored = [&](const Arguments& a) { floats(a.dv)[3] -= 0.5f; };  // as one that does not add would have it
+    expect_found(line, Layout::kGaps, stored, "dv", "max error");
+    expect_found(
+        line, Layout::kBshd, [&](const Arguments& a) { floats(a.dk)[-1] = 0; }, "dk", "memory around");
   }
   // Between the rows.
   expect_found(

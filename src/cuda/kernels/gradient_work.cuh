@@ -73,8 +73,9 @@ __device__ __forceinline__ long long tile_index(const BackwardParams& params, co
   return (work.head * params.group + head) * params.tiles + work.first_tile + m;
 }
 
-// Finds the CTA's work and writes 0 to rows of dk and dv that take no part (adds none, where gradients are added). By one warp. Long blocks come first under a causal mask; where
-// the order of additions to dq matters, blocks come falling, so that whoever is waited for has been launched before.
+// Finds the CTA's work and writes 0 to rows of dk and dv that take no part (adds none, where gradients are added). By one warp. Long blocks
+// come first under a causal mask; where the order of additions to dq matters, blocks come falling, so that whoever is waited for has been
+// launched before.
 template <BackwardConfig C>
 __device__ __forceinline__ void find_work(const BackwardParams& params, BackwardWork& work) {
   const bool packed = params.cu_seqlens_k != nullptr;
@@ -98,7 +99,8 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
     work.all = tiles_of(work.n_begin, C.block_n());
     for (int i = 0; i < C.key_tiles(); ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
     __syncwarp();
-    const int outside = params.accumulate ? 0 : min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
+    const int outside = params.accumulate ? 0 : min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin),
+              lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
     for (int i = 0; i < outside; ++i) {
       const int row = outside_row(work.n_begin + i, work.part.k_begin, band.seqlen_k);
