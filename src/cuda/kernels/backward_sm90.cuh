@@ -30,8 +30,9 @@ struct KeyGradients {
   const int keys = C.split ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
-  float s[32];  // 64 keys x 64 queries
-  uint32_t p[16];
+  static constexpr int kScores = C.block_m / 2;
+  float s[kScores];  // 64 keys x a step's queries
+  uint32_t p[kScores / 2];
   static constexpr int kColumns = C.split ? C.head_dim / 2 : C.head_dim;
   const int first_column = C.split ? part * kColumns : 0;
   float dk[kColumns / 2], dv[kColumns / 2];
@@ -40,21 +41,21 @@ struct KeyGradients {
 
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim, kBlockM>(s, shared.k[keys], shared.q[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim, C.block_m>(s, shared.k[keys], shared.q[rows.stage], 0);
     ptx::wgmma_commit();
   }
   // In the place of s.
   __device__ __forceinline__ void issue_dp() {
     shared.do_full[rows.stage].wait(rows.parity);
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim_v, kBlockM>(s, shared.v[keys], shared.do_[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim_v, C.block_m>(s, shared.v[keys], shared.do_[rows.stage], 0);
     ptx::wgmma_commit();
   }
 
   // Pairs of a block at the edge that are not visible become 0.
-  __device__ __forceinline__ void mask(float (&x)[32], int m) {
+  __device__ __forceinline__ void mask(float (&x)[kScores], int m) {
     const Band& band = shared.work.part.band;
-    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row, query = m * kBlockM + tile::this_lane().column;
+    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row, query = m * C.block_m + tile::this_lane().column;
     int begin[2], end[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -62,7 +63,7 @@ struct KeyGradients {
       end[r] = key + 8 * r < band.seqlen_k ? end_query(band, key + 8 * r) - query : -kUnbounded;
     }
 #pragma unroll
-    for (int i = 0; i < 32; ++i)
+    for (int i = 0; i < kScores; ++i)
       if (tile::column_of(i) < begin[tile::row_of(i)] || tile::column_of(i) >= end[tile::row_of(i)]) x[i] = 0;
   }
 
@@ -70,12 +71,13 @@ struct KeyGradients {
   __device__ __forceinline__ void probabilities(int head, int m, bool edge) {
     float slope = 0, distance = 0;
     if constexpr (C.modified) {
+      wait_for_slot();
       slope = params.alibi_slopes ? params.alibi_slopes[shared.work.batch * params.alibi_batch + head] * kLog2e : 0;
-      distance = static_cast<float>(shared.work.n_begin + 64 * keys + tile::this_lane().row - (m * kBlockM + tile::this_lane().column) -
+      distance = static_cast<float>(shared.work.n_begin + 64 * keys + tile::this_lane().row - (m * C.block_m + tile::this_lane().column) -
                                     shared.work.part.band.offset);
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kScores / 8; ++j) {
       const float4 four = row_values(0, j);
       const float lse[4] = {four.x, four.y, four.z, four.w};
       float slopes[8];
@@ -100,18 +102,18 @@ struct KeyGradients {
     }
     if (edge) mask(s, m);
   }
-  // What is known of this thread's queries in columns 16 j to 16 j + 15 of the tile: -lse or -delta.
+  // What is known of this thread's queries in columns 16 j to 16 j + 15 of the step: -lse or -delta.
   __device__ __forceinline__ float4 row_values(int which, int j) const {
-    return reinterpret_cast<const float4*>(shared.rows[rows.stage] + which * kBlockM)[4 * j + threadIdx.x % 4];
+    return reinterpret_cast<const float4*>(shared.rows[rows.stage] + j / 4 * kRowFloats + which * kBlockM)[j % 4 * 4 + threadIdx.x % 4];
   }
   // Element i of two in a register.
   static __device__ __forceinline__ float half_of(uint32_t x, int i) {
     return ptx::to_float<C.element>(static_cast<uint16_t>(i % 2 ? x >> 16 : x));
   }
   // dp becomes the gradient of a score over its p: dp - delta, times the softcap's derivative.
-  __device__ __forceinline__ void subtract_delta(float (&dp)[32]) {
+  __device__ __forceinline__ void subtract_delta(float (&dp)[kScores]) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kScores / 8; ++j) {
       const float4 four = row_values(1, j);
       const float delta[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -124,21 +126,32 @@ struct KeyGradients {
       }
     }
   }
-  static __device__ __forceinline__ void pack(const float (&x)[32], uint32_t (&to)[16]) {
+  static __device__ __forceinline__ void pack(const float (&x)[kScores], uint32_t (&to)[kScores / 2]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) to[i] = ptx::pack<C.element>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < kScores / 2; ++i) to[i] = ptx::pack<C.element>(x[2 * i], x[2 * i + 1]);
   }
 
-  // The softcap's derivatives wait in shared memory for dp, for want of registers.
-  __device__ __forceinline__ uint4& my_slopes(int i) { return shared.slopes[part][i][threadIdx.x % 128]; }
+  // Of the slot for ds each warp has its 16 keys, two of the eight units of 16 bytes in every query's row.
+  __device__ __forceinline__ void wait_for_slot() {
+    if (!C.split || part == 0) shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1);
+  }
+  __device__ __forceinline__ unsigned char* my_bytes(int row, int unit) {
+    auto& tile = shared.ds[slot.stage()][C.split ? part : keys];
+    return tile.bytes + tile.offset(row, static_cast<int>(threadIdx.x) / 32 % 4 * 2 + unit);
+  }
+  // There the softcap's derivatives of 16 queries wait for dp, for want of registers.
+  __device__ __forceinline__ uint4& my_slopes(int j) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return *reinterpret_cast<uint4*>(my_bytes(16 * j + lane / 2, lane % 2));
+  }
 
   // ds = p (dp - delta), packed, in the place of p; dp holds the difference. In bfloat16 the difference is rounded before it is multiplied,
   // as standard attention rounds dp, and pairs are multiplied at once: a third of the instructions. A float16 could overflow; modified rows
   // lack the registers.
   static constexpr bool kPairs = C.element == ptx::Element::kBFloat16 && !C.modified;
-  __device__ __forceinline__ void score_gradients(const float (&dp)[32], const uint32_t (&rounded)[16]) {
+  __device__ __forceinline__ void score_gradients(const float (&dp)[kScores], const uint32_t (&rounded)[kScores / 2]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kScores / 2; ++i) {
       if constexpr (kPairs)
         p[i] = ptx::multiply_bf16(p[i], rounded[i]);
       else
@@ -146,15 +159,17 @@ struct KeyGradients {
     }
   }
 
-  // Waits for a free slot and writes ds there, with queries as rows.
+  // Writes ds into the slot, with queries as rows.
   __device__ __forceinline__ void store_ds() {
     if (C.split && part > 0) return;  // has the same
-    shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1);
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4, row = lane % 8;
-    const auto tile = static_cast<uint32_t>(__cvta_generic_to_shared(shared.ds[slot.stage()][keys].bytes));
-    const uint32_t at = tile + (lane / 16 * 8 + row) * 128 + ((2 * warp + lane / 8 % 2) ^ row) * 16;
+    if constexpr (C.modified)
+      __syncwarp();  // all have read their slopes
+    else
+      wait_for_slot();  // else it was before the slopes
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(my_bytes(lane / 16 * 8 + lane % 8, lane / 8 % 2)));
 #pragma unroll
-    for (int step = 0; step < 4; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
+    for (int step = 0; step < C.block_m / 16; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
   }
 
   // Hands back tiles of queries that these keys do not see.
@@ -172,11 +187,11 @@ struct KeyGradients {
   }
   // sum += x^T times this warpgroup's columns of a tile of queries.
   template <class T>
-  __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[16], const T& queries) {
+  __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
     ptx::wgmma_fence();
     const uint32_t b = tile::operand(queries.bytes, T::kPanelBytes) + (C.split ? (first_column / 64 * T::kPanelBytes) >> 4 : 0);
 #pragma unroll
-    for (int step = 0; step < kBlockM / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
+    for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
     ptx::wgmma_commit();
   }
   // ds is in its slot: lets the dq warpgroup have it.
@@ -190,7 +205,7 @@ struct KeyGradients {
 
   // The tiles of one head that these keys see. Registers are few: dp takes the place of s, ds that of p.
   __device__ __forceinline__ void run_head(int head, const BlockRange& range, int begin, int end) {
-    uint32_t rounded[16];
+    uint32_t rounded[kScores / 2];
     shared.q_full[rows.stage].wait(rows.parity);
     issue_scores();
     ptx::wgmma_wait<0>();  // from here on a product of dk is behind the scores
