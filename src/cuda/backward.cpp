@@ -34,26 +34,31 @@ std::string name_of(const BackwardConfig& c) {
 
 // CTAs of a run. Packed: bounds, since a sequence has at most one step or block that is not full.
 struct Counts {
-  int64_t q_tiles, k_blocks, tiles, row_ctas, key_ctas;
+  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, row_ctas, key_ctas, post_ctas;
   Counts(const Problem& p, const BackwardConfig& c) {
     q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
     k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
     const int64_t sequences = p.packed ? 1 : p.batch;
+    k_tiles = p.packed ? p.total_k / kBlockM + p.batch : ceil_div<int64_t>(p.seqlen_k, kBlockM);
     tiles = sequences * q_tiles;
+    key_tiles = sequences * k_tiles;
     row_ctas = p.num_heads_q * tiles;
     key_ctas = p.num_heads_kv * sequences * k_blocks;
+    post_ctas = std::max(row_ctas, p.num_heads_kv * key_tiles);
   }
 };
 
 struct Workspace {
-  size_t rows, dsink_sum, turn, bytes;  // dq_sum comes first
+  size_t rows, dsink_sum, turn, spoilt, bytes;  // dq_sum comes first
   Workspace(const Problem& p, const BackwardConfig& c) {
-    const auto count = static_cast<size_t>(Counts(p, c).row_ctas);
+    const Counts counts(p, c);
+    const auto count = static_cast<size_t>(counts.row_ctas);
     const auto aligned = [](size_t bytes_) { return round_up(bytes_, size_t{256}); };
     rows = aligned(count * kBlockM * static_cast<size_t>(c.head_dim) * sizeof(float));
     dsink_sum = rows + aligned(count * kRowFloats * sizeof(float));
     turn = dsink_sum + aligned(count * sizeof(float));
-    bytes = turn + aligned(count * sizeof(int));
+    spoilt = turn + aligned(count * sizeof(int));
+    bytes = spoilt + static_cast<size_t>(p.num_heads_kv * counts.key_tiles) * sizeof(SpoiltKeys);
   }
 };
 
@@ -64,7 +69,7 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
   const Counts counts(p, c);
-  if (const int64_t ctas = std::max(counts.row_ctas + p.num_heads_q, counts.key_ctas); ctas > std::numeric_limits<int>::max())
+  if (const int64_t ctas = std::max(counts.post_ctas + p.num_heads_q, counts.key_ctas); ctas > std::numeric_limits<int>::max())
     return "batch, heads and sequences make " + std::to_string(ctas) + " tiles, more than fit into 32 bits";
   return {};
 }
@@ -125,6 +130,9 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
     batch = t.rank == 3 ? t.stride[0] : 0;
     head = t.rank == 3 ? t.stride[1] : t.stride[0];
   };
+  r.q = elements(a.q);
+  r.k = elements(a.k);
+  r.v = elements(a.v);
   r.o = elements(a.o);
   r.do_ = elements(a.do_);
   r.dq = elements(a.dq);
@@ -159,21 +167,24 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.accumulate = p.accumulate;
   r.block_m = c.block_m;
   r.q_tiles = static_cast<int>(counts.q_tiles);
+  r.k_tiles = static_cast<int>(counts.k_tiles);
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.tiles = counts.tiles;
+  r.key_tiles = counts.key_tiles;
   char* workspace = static_cast<char*>(a.workspace);
   const Workspace at(p, c);
   r.dq_sum = reinterpret_cast<float*>(workspace);
   r.rows = reinterpret_cast<float*>(workspace + at.rows);
   r.dsink_sum = reinterpret_cast<float*>(workspace + at.dsink_sum);
   r.turn = reinterpret_cast<int*>(workspace + at.turn);
+  r.spoilt = reinterpret_cast<SpoiltKeys*>(workspace + at.spoilt);
 
-  int head_dim = c.head_dim, row_ctas = static_cast<int>(counts.row_ctas);
-  void* arguments[] = {&r, &head_dim, &row_ctas};
+  int head_dim = c.head_dim, post_ctas = static_cast<int>(counts.post_ctas);
+  void* arguments[] = {&r, &head_dim, &post_ctas};
   Chain chain(stream);
   chain.launch(row.preprocess, counts.row_ctas, kPreprocessThreads, 0, arguments);
   chain.launch(row.function, counts.key_ctas, c.threads(), row.shared_bytes, arguments);
-  chain.launch(row.postprocess, counts.row_ctas + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0, arguments);
+  chain.launch(row.postprocess, counts.post_ctas + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0, arguments);
   return chain.status();
 }
 

@@ -248,13 +248,20 @@ struct KeyGradients {
     rows.advance();
   }
 
-  __device__ __forceinline__ void write(const float (&sum)[kColumns / 2], const Elements& to, float factor, int head_dim) {
+  // Rows that are not finite are told to the postprocess kernel (gradient_rows.cuh), and left to it where they would be added.
+  __device__ __forceinline__ void write(const float (&sum)[kColumns / 2], int which, const Elements& to, float factor, int head_dim) {
+    const Sequence& sequence = shared.work.part.sequence;
+    const long long tile = shared.work.first_key_tile + shared.work.n_begin / 64 + keys;
+    unsigned* spoilt = params.spoilt[shared.work.head * params.key_tiles + tile].rows[which][threadIdx.x / 32 % 4];
     const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const long long row = shared.work.part.sequence.k_row + key + 8 * r;
-      const bool inside = key + 8 * r < shared.work.part.band.seqlen_k;
-      write_gradient<C.element>(params, sum, r, factor, inside, to, shared.work.batch, row, shared.work.head, first_column, head_dim);
+      bool inside = key + 8 * r < sequence.seqlen_k;
+      const unsigned rows = tile::infinite_rows(sum, r);
+      if (inside && leader) spoilt[r] = rows;
+      if (params.accumulate && (rows >> threadIdx.x % 32 & 1)) inside = false;
+      write_gradient<C.element>(params, sum, r, factor, inside, to, shared.work.batch, sequence.k_row + key + 8 * r, shared.work.head,
+                                first_column, head_dim);
     }
   }
 
@@ -277,8 +284,8 @@ struct KeyGradients {
       run_head(shared.work.head * params.group + head, range, begin, end);
       skip(all_end - end);
     }
-    write(dv, params.dv, 1, params.head_dim_v);
-    write(dk, params.dk, params.scale, params.head_dim);
+    write(dv, 1, params.dv, 1, params.head_dim_v);
+    write(dk, 0, params.dk, params.scale, params.head_dim);
   }
 };
 

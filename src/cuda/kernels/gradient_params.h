@@ -31,9 +31,14 @@ struct BackwardConfig {
   TW_HD constexpr int threads() const { return 128 * (mains + (dq_loads ? 1 : 2)); }
 };
 
+// Rows of dk (0) and dv (1) of 64 keys that are not finite: a warp has 16 of them, and four bits for each of its first and last 8.
+struct SpoiltKeys {
+  unsigned rows[2][4][2];
+};
+
 struct BackwardParams {
   CUtensorMap q_map, k_map, v_map, do_map;  // boxes of a step's queries, of 64 keys
-  Elements o, do_, dq, dk, dv;
+  Elements q, k, v, o, do_, dq, dk, dv;
   const float *lse, *dlse;  // dlse: null: none
   long long lse_batch, lse_head, dlse_batch, dlse_head;
   const int *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
@@ -47,15 +52,18 @@ struct BackwardParams {
   float scale, scale_log2;          // scale_log2: for powers of two
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
-  bool accumulate;        // dq, dk and dv are float32 and are added to
-  int block_m;            // of a step: each sequence has whole steps of tiles
-  int q_tiles, k_blocks;  // of one head: tiles of rows and blocks of keys, packed: bounds; not packed: of one sequence
-  // Workspace. A head's tiles: those of sequence b begin at first_tile(). Everything is written by the preprocess kernel.
-  long long tiles;   // of one head in the workspace
-  float* dq_sum;     // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
-  float* rows;       // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
-  float* dsink_sum;  // [head][tile]
-  int* turn;         // [head][tile]: how many blocks of keys have added to dq, where their order matters
+  bool accumulate;  // dq, dk and dv are float32 and are added to
+  int block_m;      // of a step: each sequence has whole steps of tiles
+  // Of one head, packed: bounds; not packed: of one sequence. Tiles of rows and of keys, and blocks of keys.
+  int q_tiles, k_tiles, k_blocks;
+  // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). Everything but spoilt is written
+  // by the preprocess kernel.
+  long long tiles, key_tiles;  // of one head in the workspace
+  float* dq_sum;               // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
+  float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
+  float* dsink_sum;            // [head][tile]
+  int* turn;                   // [head][tile]: how many blocks of keys have added to dq, where their order matters
+  SpoiltKeys* spoilt;          // [key/value head][tile of keys]
 };
 
 // The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.
@@ -92,6 +100,10 @@ TW_HD int outside_row(int i, int begin, int length) { return i < begin ? i : i +
 // Tiles of sequence `batch` begin here: each takes whole steps, at most one more than its share of rows.
 TW_HD long long first_tile(const BackwardParams& p, long long q_row, int batch) {
   return p.cu_seqlens_q ? (q_row / p.block_m + batch) * (p.block_m / kBlockM) : static_cast<long long>(batch) * p.q_tiles;
+}
+
+TW_HD long long first_key_tile(const BackwardParams& p, long long k_row, int batch) {
+  return p.cu_seqlens_k ? k_row / kBlockM + batch : static_cast<long long>(batch) * p.k_tiles;
 }
 
 // What order the blocks of keys add to a step's dq in: falling, as they are launched.

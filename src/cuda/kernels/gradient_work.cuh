@@ -62,7 +62,7 @@ __device__ __forceinline__ void write_gradient(const BackwardParams& p, const fl
 struct BackwardWork {
   static constexpr int kMost = 2;
   Trimmed part;
-  long long first_tile;
+  long long first_tile, first_key_tile;
   int batch, head;              // of keys and values
   int n_block, n_begin;         // of the trimmed sequence
   BlockRange all, mine[kMost];  // steps of queries that see the block, and each 64 keys of it
@@ -89,6 +89,7 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
     const Sequence whole = whole_sequence(params, place.batch);
     work.part = trimmed_sequence(params, place.batch);
     work.first_tile = first_tile(params, whole.q_row, place.batch);
+    work.first_key_tile = first_key_tile(params, whole.k_row, place.batch);
     work.batch = place.batch;
     work.head = packed ? head : head % (params.num_heads / params.group);
     work.n_block = place.block;

@@ -2,6 +2,7 @@
 // A CTA has one tile of 64 rows of one head.
 #pragma once
 
+#include "cuda/kernels/gradient_rows.cuh"
 #include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/fragment.cuh"
@@ -9,17 +10,28 @@
 
 namespace tilewise {
 
-// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences.
+// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences. batch is -1 where there is none.
 struct RowTile {
   int batch, head, tile;
 };
 __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
+  if (p.q_tiles == 0) return {-1, 0, 0};
   const auto index = static_cast<int>(blockIdx.x);
   const int head = index / p.q_tiles, tile = index % p.q_tiles;
-  if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
+  if (!p.cu_seqlens_q) return {head < p.batch * p.num_heads ? head / p.num_heads : -1, head % p.num_heads, tile};
   const int tiles = p.block_m / kBlockM;
   const Place place = find_place(p.cu_seqlens_q, p.batch, p.block_m, tile / tiles);
-  return {place.batch, head, place.block * tiles + tile % tiles};
+  return {head < p.num_heads ? place.batch : -1, head, place.block * tiles + tile % tiles};
+}
+
+// And its tile of keys.
+__device__ __forceinline__ RowTile find_key_tile(const BackwardParams& p) {
+  if (p.k_tiles == 0) return {-1, 0, 0};
+  const auto index = static_cast<int>(blockIdx.x);
+  const int heads = p.num_heads / p.group, head = index / p.k_tiles, tile = index % p.k_tiles;
+  if (!p.cu_seqlens_k) return {head < p.batch * heads ? head / heads : -1, head % heads, tile};
+  const Place place = find_place(p.cu_seqlens_k, p.batch, kBlockM, tile);
+  return {head < heads ? place.batch : -1, head, place.block};
 }
 
 // What the backward kernel needs of a row of a tile.
@@ -107,12 +119,29 @@ __device__ __forceinline__ void write_dsink(const BackwardParams& p, int head) {
   if (thread == 0) p.dsink[head] = static_cast<float>(warps[0] + warps[1] + warps[2] + warps[3]);
 }
 
-// The last num_heads CTAs write dsink, the others a tile of dq.
+// Rows of dk and dv that are not finite and should be. By 128 threads: a warp has 16 keys.
+template <ptx::Element kElement>
+__device__ __forceinline__ void repair_keys(const BackwardParams& p) {
+  const RowTile at = find_key_tile(p);
+  if (at.batch < 0) return;
+  const Sequence whole = whole_sequence(p, at.batch);
+  const Trimmed part = trimmed_sequence(p, at.batch);
+  if (at.tile * kBlockM >= part.sequence.seqlen_k) return;
+  const SpoiltKeys& spoilt = p.spoilt[at.head * p.key_tiles + first_key_tile(p, whole.k_row, at.batch) + at.tile];
+  const PlainGradients<kElement> plain{p, part, at.batch, first_tile(p, whole.q_row, at.batch)};
+  const int warp = static_cast<int>(threadIdx.x) / 32, begin = at.tile * kBlockM + 16 * warp;
+#pragma unroll 1
+  for (int i = 0; i < 32 && begin + i % 16 < part.sequence.seqlen_k; ++i)
+    if (spoilt.rows[i / 16][warp][i % 16 / 8] >> i % 8 * 4 & 1) plain.repair_key(i / 16, at.head, begin + i % 16);
+}
+
+// The last num_heads CTAs write dsink, the others a tile of dq, and look after one of dk and dv.
 template <ptx::Element kElement>
 __global__ void __launch_bounds__(kPostprocessThreads)
-    backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int row_ctas) {
+    backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int tile_ctas) {
   ptx::wait_for_previous();
-  if (static_cast<int>(blockIdx.x) >= row_ctas) return write_dsink(p, static_cast<int>(blockIdx.x) - row_ctas);
+  if (static_cast<int>(blockIdx.x) >= tile_ctas) return write_dsink(p, static_cast<int>(blockIdx.x) - tile_ctas);
+  repair_keys<kElement>(p);
   const RowTile at = find_tile(p);
   if (at.batch < 0) return;
   const Sequence whole = whole_sequence(p, at.batch);
@@ -128,6 +157,7 @@ __global__ void __launch_bounds__(kPostprocessThreads)
   if (at.tile * kBlockM >= part.sequence.seqlen_q) return;
   const float4* sum =
       reinterpret_cast<const float4*>(p.dq_sum + (at.head * p.tiles + first_tile(p, whole.q_row, at.batch) + at.tile) * kBlockM * head_dim);
+  const PlainGradients<kElement> plain{p, part, at.batch, first_tile(p, whole.q_row, at.batch)};
 #pragma unroll 2
   for (int columns = 0; columns < head_dim; columns += 32) {
     float x[16];
@@ -139,8 +169,15 @@ __global__ void __launch_bounds__(kPostprocessThreads)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first + 8 * r;
-      write_gradient<kElement>(p, x, r, p.scale, row < part.sequence.seqlen_q, p.dq, at.batch, part.sequence.q_row + row, at.head, columns,
-                               p.head_dim);
+      const unsigned spoilt = tile::infinite_rows(x, r);
+      const bool inside = row < part.sequence.seqlen_q && !(p.accumulate && (spoilt >> thread % 32 & 1));
+      write_gradient<kElement>(p, x, r, p.scale, inside, p.dq, at.batch, part.sequence.q_row + row, at.head, columns, p.head_dim);
+      if (spoilt == 0) continue;
+      __syncwarp();  // what has been stored is stored again
+      const int warp_row = at.tile * kBlockM + thread / 32 * 16 + 8 * r;
+#pragma unroll 1
+      for (int i = 0; i < 8 && warp_row + i < part.sequence.seqlen_q; ++i)
+        if (spoilt >> 4 * i & 1) plain.repair_dq(at.head, warp_row + i, columns);
     }
   }
 }

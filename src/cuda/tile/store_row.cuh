@@ -39,6 +39,17 @@ __device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float
   }
 }
 
+// Which lanes of the warp hold part of a row r that is not finite, as bits.
+template <int kCount>
+__device__ __forceinline__ unsigned infinite_rows(const float (&x)[kCount], int r) {
+  float zero = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) zero += 0 * x[i + 2 * r] + 0 * x[i + 2 * r + 1];
+  zero += __shfl_xor_sync(0xffffffff, zero, 1);
+  zero += __shfl_xor_sync(0xffffffff, zero, 2);
+  return __ballot_sync(0xffffffff, !(zero == 0));
+}
+
 // Adds row r of this thread's fragment, times `factor`, to float32. `row` points to the row's first column; null: nothing.
 template <int kCount>
 __device__ __forceinline__ void add_row(const float (&x)[kCount], int r, float factor, float* row, int columns) {

@@ -1,0 +1,123 @@
+// Rows of gradients anew with plain arithmetic, from the pairs that are visible and no others. The products of a tile at the mask's edge
+// multiply what a row does not see with 0: where that is NaN or infinite, the row's sum is NaN and must not be. Such rows are rare; a warp
+// looks whether that was the cause, and if so sums again.
+#pragma once
+
+#include "cuda/kernels/gradient_work.cuh"
+#include "cuda/ptx/scalar.cuh"
+
+namespace tilewise {
+
+template <ptx::Element kElement>
+struct PlainGradients {
+  const BackwardParams& params;
+  const Trimmed& part;
+  const int batch;
+  const long long tiles;  // the sequence's first one in a head's workspace
+  const bool packed = params.cu_seqlens_q != nullptr;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+
+  __device__ float element(const Elements& t, long long row, int head, int column) const {
+    return ptx::to_float<kElement>(row_of(t, packed, batch, row, head)[column]);
+  }
+  static __device__ float sum_of_lanes(float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
+    return x;
+  }
+  __device__ float dot(const Elements& a, long long row_a, int head_a, const Elements& b, long long row_b, int head_b, int columns) const {
+    float sum = 0;
+#pragma unroll 1
+    for (int c = lane; c < columns; c += 32) sum += element(a, row_a, head_a, c) * element(b, row_b, head_b, c);
+    return sum_of_lanes(sum);
+  }
+  // Whether a value in the rows from `begin` to `end` is NaN or infinite.
+  __device__ bool taints(const Elements& t, long long first_row, int begin, int end, int head, int columns) const {
+    float zero = 0;
+#pragma unroll 1
+    for (int row = begin; row < end; ++row)
+#pragma unroll 1
+      for (int c = lane; c < columns; c += 32) zero += 0 * element(t, first_row + row, head, c);
+    return !(sum_of_lanes(zero) == 0);
+  }
+
+  struct Pair {
+    float p, ds;  // the probability, and the gradient of the score
+  };
+  __device__ Pair pair(int head, int query, int key) const {
+    const long long q_row = part.sequence.q_row + query, k_row = part.sequence.k_row + key;
+    const int kv_head = head / params.group;
+    const float* row = params.rows + (head * params.tiles + tiles + query / kBlockM) * kRowFloats + row_place(query % kBlockM);
+    const float score = dot(params.q, q_row, head, params.k, k_row, kv_head, params.head_dim);
+    const float dp = dot(params.do_, q_row, head, params.v, k_row, kv_head, params.head_dim_v);
+    float x = score * params.scale_log2, slope = 1;
+    if (params.softcap_log2 > 0) {
+      const float tanh = 1 - 2 * __fdividef(1, 1 + ptx::exp2(score * params.tanh_factor));
+      slope = 1 - tanh * tanh;
+      x = params.softcap_log2 * tanh;
+    }
+    if (params.alibi_slopes)
+      x -= params.alibi_slopes[batch * params.alibi_batch + head] * kLog2e * fabsf(static_cast<float>(key - query - part.band.offset));
+    const float p = row[0] == -INFINITY ? 0 : ptx::exp2(x + row[0]);
+    return {p, p * (dp + row[kBlockM]) * slope};
+  }
+
+  __device__ void write(const Elements& to, long long row, int head, int column, int columns, float value) const {
+    if (column >= columns) return;
+    if (params.accumulate)
+      row_of<float>(to, packed, batch, row, head)[column] += value;
+    else
+      row_of(to, packed, batch, row, head)[column] = static_cast<uint16_t>(ptx::pack<kElement>(value, 0));
+  }
+
+  // 32 columns of a row of dq, from `columns` on, that are not finite.
+  __device__ void repair_dq(int head, int query, int columns) const {
+    const int begin = query / params.block_m * params.block_m, end = min_of(begin + params.block_m, part.band.seqlen_q);
+    const int first = first_key(part.band, query), last = end_key(part.band, query);
+    const int keys_begin = first_key(part.band, begin) / 64 * 64;
+    const int keys_end = min_of(ceil_div(end_key(part.band, end - 1), 64) * 64, part.band.seqlen_k);
+    const long long k_row = part.sequence.k_row;
+    if (!params.accumulate && !taints(params.k, k_row, keys_begin, first, head / params.group, params.head_dim) &&
+        !taints(params.k, k_row, last, keys_end, head / params.group, params.head_dim))
+      return;
+    const int column = columns + lane, kv_head = head / params.group;
+    float sum = 0;
+#pragma unroll 1
+    for (int key = first; key < last; ++key) {
+      const float ds = pair(head, query, key).ds;
+      if (column < params.head_dim) sum += ds * element(params.k, k_row + key, kv_head, column);
+      if (!__any_sync(0xffffffff, sum == sum)) break;
+    }
+    write(params.dq, part.sequence.q_row + query, head, column, params.head_dim, sum * params.scale);
+  }
+  // A row of dk (which 0) or of dv (1) that is not finite.
+  __device__ void repair_key(int which, int kv_head, int key) const {
+    const bool dk = which == 0;
+    const Elements& from = dk ? params.q : params.do_;
+    const int head_dim = dk ? params.head_dim : params.head_dim_v;
+    const int begin = key / 64 * 64, end = min_of(begin + 64, part.band.seqlen_k), block_m = params.block_m;
+    const int first = first_query(part.band, key), last = end_query(part.band, key);
+    const int queries_begin = first_query(part.band, begin) / block_m * block_m;
+    const int queries_end = min_of(ceil_div(end_query(part.band, end - 1), block_m) * block_m, part.band.seqlen_q);
+    bool tainted = params.accumulate;
+    for (int head = kv_head * params.group; !tainted && head < (kv_head + 1) * params.group; ++head)
+      tainted = taints(from, part.sequence.q_row, queries_begin, first, head, head_dim) ||
+                taints(from, part.sequence.q_row, last, queries_end, head, head_dim);
+    if (!tainted) return;
+#pragma unroll 1
+    for (int columns = 0; columns < head_dim; columns += 32) {
+      const int column = columns + lane;
+      float sum = 0;
+#pragma unroll 1
+      for (int head = kv_head * params.group; head < (kv_head + 1) * params.group; ++head)
+#pragma unroll 1
+        for (int query = first; query < last; ++query) {
+          const Pair x = pair(head, query, key);
+          if (column < head_dim) sum += (dk ? x.ds : x.p) * element(from, part.sequence.q_row + query, head, column);
+        }
+      write(dk ? params.dk : params.dv, part.sequence.k_row + key, kv_head, column, head_dim, dk ? sum * params.scale : sum);
+    }
+  }
+};
+
+}  // namespace tilewise
