@@ -13,7 +13,6 @@ struct PlainGradients {
   const BackwardParams& params;
   const Trimmed& part;
   const int batch;
-  const long long tiles;  // the sequence's first one in a head's workspace
   const bool packed = params.cu_seqlens_q != nullptr;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 
@@ -47,7 +46,6 @@ struct PlainGradients {
   __device__ Pair pair(int head, int query, int key) const {
     const long long q_row = part.sequence.q_row + query, k_row = part.sequence.k_row + key;
     const int kv_head = head / params.group;
-    const float* row = params.rows + (head * params.tiles + tiles + query / kBlockM) * kRowFloats + row_place(query % kBlockM);
     const float score = dot(params.q, q_row, head, params.k, k_row, kv_head, params.head_dim);
     const float dp = dot(params.do_, q_row, head, params.v, k_row, kv_head, params.head_dim_v);
     float x = score * params.scale_log2, slope = 1;
@@ -58,8 +56,12 @@ struct PlainGradients {
     }
     if (params.alibi_slopes)
       x -= params.alibi_slopes[batch * params.alibi_batch + head] * kLog2e * fabsf(static_cast<float>(key - query - part.band.offset));
-    const float p = row[0] == -INFINITY ? 0 : ptx::exp2(x + row[0]);
-    return {p, p * (dp + row[kBlockM]) * slope};
+    const float lse = params.lse[(packed ? 0 : batch * params.lse_batch) + head * params.lse_head + q_row];
+    if (lse == -INFINITY) return {0, 0};
+    float delta = dot(params.o, q_row, head, params.do_, q_row, head, params.head_dim_v);
+    if (params.dlse) delta -= params.dlse[(packed ? 0 : batch * params.dlse_batch) + head * params.dlse_head + q_row];
+    const float p = ptx::exp2(x - lse * kLog2e);
+    return {p, p * (dp - delta) * slope};
   }
 
   __device__ void write(const Elements& to, long long row, int head, int column, int columns, float value) const {

@@ -128,7 +128,7 @@ __device__ __forceinline__ void repair_keys(const BackwardParams& p) {
   const Trimmed part = trimmed_sequence(p, at.batch);
   if (at.tile * kBlockM >= part.sequence.seqlen_k) return;
   const SpoiltKeys& spoilt = p.spoilt[at.head * p.key_tiles + first_key_tile(p, whole.k_row, at.batch) + at.tile];
-  const PlainGradients<kElement> plain{p, part, at.batch, first_tile(p, whole.q_row, at.batch)};
+  const PlainGradients<kElement> plain{p, part, at.batch};
   const int warp = static_cast<int>(threadIdx.x) / 32, begin = at.tile * kBlockM + 16 * warp;
 #pragma unroll 1
   for (int i = 0; i < 32 && begin + i % 16 < part.sequence.seqlen_k; ++i)
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kPostprocessThreads)
   if (at.tile * kBlockM >= part.sequence.seqlen_q) return;
   const float4* sum =
       reinterpret_cast<const float4*>(p.dq_sum + (at.head * p.tiles + first_tile(p, whole.q_row, at.batch) + at.tile) * kBlockM * head_dim);
-  const PlainGradients<kElement> plain{p, part, at.batch, first_tile(p, whole.q_row, at.batch)};
+  const PlainGradients<kElement> plain{p, part, at.batch};
 #pragma unroll 2
   for (int columns = 0; columns < head_dim; columns += 32) {
     float x[16];
