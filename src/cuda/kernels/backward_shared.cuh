@@ -171,7 +171,10 @@ struct QueryGradients {
               if (seen[i]) slot[i].advance();
             }
 #pragma unroll
-          for (int j = 0; j < kWidth / 8; ++j) ptx::add_global(sum + (tile * C.head_dim / 8 + columns / 8 + j) * kThreads * 4, dq + 4 * j);
+          for (int j = 0; j < kWidth / 8; ++j) {
+            ptx::add_global(sum + (tile * C.head_dim / 8 + columns / 8 + j) * kThreads * 4, dq + 4 * j);
+            if constexpr (C.pace > 0) ptx::pause<C.pace>();
+          }
         }
       }
     if (params.deterministic && begin < end) end_turn(params.group - 1, end - 1);

@@ -24,6 +24,7 @@ struct BackwardConfig {
   bool dq_loads;                     // a thread of the dq warpgroup loads, to leave its registers to the others; else one of its own
   bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
   int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
+  int pace = 0;                      // clocks between additions to dq, so that they do not block everyone's way to shared memory
   bool modified = false;             // softcap or ALiBi
   TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
   TW_HD constexpr int tiles() const { return block_m / kBlockM; }
