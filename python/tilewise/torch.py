@@ -284,8 +284,44 @@ for _key in ("CPU", "CUDA"):
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
 _library.impl("forward", _differentiable(_forward, lambda run, x: _apply(_attend, run, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
 _library.impl("backward", _differentiable(_backward, lambda run, x: _apply(_differentiate, run, *x)), "Autograd")
+
+
+# --- vmap: the mapped dimension becomes a part of the batch ---
+
+
+def _mapped(operator, dense):
+    """vmap's rule of an operator whose first `dense` arguments have the batch in front. Calls go one by one for packed sequences, and for
+    sinks where each element has its own, or its own gradient."""
+
+    def rule(info, in_dims, *arguments):
+        size, dims = info.batch_size, in_dims[dense:]
+        starts_q, starts_k, seqused_k, slopes, sink, *problem = arguments[dense:]
+        own_sink = sink is not None and (operator is _backward or dims[_SINK] is not None)
+        if starts_q is not None or starts_k is not None or own_sink:
+            each = [operator(*(x if at is None else x.select(at, i) for x, at in zip(arguments, in_dims))) for i in range(size)]
+            return tuple(torch.stack(results) for results in zip(*each)), (0,) * len(each[0])
+
+        def fold(x, at):
+            return None if x is None else (x.expand(size, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
+
+        folded = [fold(x, at) for x, at in zip(arguments[:dense], in_dims)]
+        batch = folded[-1].shape[0] // size
+        if slopes is not None and slopes.dim() - (dims[3] is not None) == 2:
+            slopes = fold(slopes, dims[3])
+        elif dims[3] is not None:
+            slopes = slopes.movedim(dims[3], 0).repeat_interleave(batch, 0)
+        results = operator(*folded, None, None, fold(seqused_k, dims[2]), slopes, sink, *problem)
+        own = [x.dim() > 1 for x in results]  # all but the empty gradient of no sink
+        return tuple(x.unflatten(0, (size, batch)) if its_own else x for x, its_own in zip(results, own)), tuple(0 if x else None for x in own)
+
+    return rule
+
+
 torch.library.register_fake("tilewise::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tilewise::backward", _backward_fake, lib=_library)
+if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, every call goes one by one
+    torch.library.register_vmap("tilewise::forward", _mapped(_forward, 3), lib=_library)
+    torch.library.register_vmap("tilewise::backward", _mapped(_backward, 7), lib=_library)
 
 
 # --- scaled_dot_product_attention ---

@@ -287,13 +287,54 @@ def test_torch_func():
         torch.testing.assert_close(got, expected)
     o, pull = vjp(lambda q: attention(q, k, v, causal=True), q)
     torch.testing.assert_close(pull(o.cos())[0], right[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vmap calls once for each element, and says so
-        each = vmap(grad(loss))(torch.stack([q, 2 * q]), torch.stack([k, k]), torch.stack([v, v]))
+    each = vmap(grad(loss))(torch.stack([q, 2 * q]), torch.stack([k, k]), torch.stack([v, v]))
     torch.testing.assert_close(each[0], right[0])
     assert not torch.equal(each[1], right[0])
     with pytest.raises(NotImplementedError, match="differentiated once"):
         grad(lambda q: grad(loss)(q, k, v).sum())(q)
+
+
+MAPS = {  # options of a call, dimensions of them that are mapped, and how often each kernel runs then
+    "plain": ({}, {}, 1),
+    "seqused_k": ({"seqused_k": torch.tensor([[7, 3], [1, 7], [0, 5]], dtype=torch.int32)}, {"seqused_k": 0}, 1),
+    "seqused_k_shared": ({"seqused_k": torch.tensor([7, 3], dtype=torch.int32)}, {}, 1),
+    "slopes": ({"alibi_slopes": torch.rand(4, 3)}, {"alibi_slopes": 1}, 1),
+    "slopes_shared": ({"alibi_slopes": torch.rand(4)}, {}, 1),
+    "slopes_of_each_sequence": ({"alibi_slopes": torch.rand(2, 3, 4)}, {"alibi_slopes": 1}, 1),
+    "slopes_of_each_sequence_shared": ({"alibi_slopes": torch.rand(2, 4)}, {}, 1),
+    "sink": ({"sink": torch.rand(3, 4)}, {"sink": 0}, 3),
+    "packed": ({name: torch.tensor([0, 4, 9], dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}, {}, 3),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="this PyTorch takes no rules for vmap")
+@pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("name", MAPS)
+def test_vmap_folds_into_the_batch(name, shared_keys, monkeypatch):
+    options, mapped, times = MAPS[name]
+    shape = (3, 9) if name == "packed" else (3, 2, 9)
+    q, k, v = (torch.randn(*shape, heads, 8) for heads in (4, 2, 2))
+    k, v = (k[0], v[0]) if shared_keys else (k, v)
+    names, dims = list(options), (0, *(None if shared_keys else 0,) * 2, *(mapped.get(name) for name in options))
+
+    def gradients(*tensors):
+        def loss(q, k, v):
+            o, lse = attention(q, k, v, causal=True, return_lse=True, **dict(zip(names, tensors[3:])))
+            return o.sin().sum() + lse.sum(), o
+
+        return torch.func.grad(loss, argnums=(0, 1, 2), has_aux=True)(*tensors[:3])
+
+    calls = []
+    call = tilewise.torch._core.Call
+    tensors = (q, k, v, *options.values())
+    each = [gradients(*(x if dim is None else x.select(dim, i).contiguous() for x, dim in zip(tensors, dims))) for i in range(3)]
+    monkeypatch.setattr(tilewise.torch._core, "Call", lambda *args: (calls.append(args), call(*args))[1])
+    got = torch.func.vmap(gradients, in_dims=dims)(*tensors)
+    assert len(calls) == 2 * times
+    for i, (one, o) in enumerate(each):
+        torch.testing.assert_close(got[1][i], o)
+        for a, b in zip(got[0], one):
+            torch.testing.assert_close(a[i], b)
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch cannot take SDPA implementations")
