@@ -301,11 +301,14 @@ def _mapped(operator, dense):
             each = [operator(*(x if at is None else x.select(at, i) for x, at in zip(arguments, in_dims))) for i in range(size)]
             return tuple(torch.stack(results) for results in zip(*each)), (0,) * len(each[0])
 
+        def front(x, at):
+            return x.expand(size, *x.shape) if at is None else x.movedim(at, 0)
+
         def fold(x, at):
-            return None if x is None else (x.expand(size, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
+            return None if x is None else front(x, at).flatten(0, 1)
 
         folded = [fold(x, at) for x, at in zip(arguments[:dense], in_dims)]
-        batch = folded[-1].shape[0] // size
+        batch = front(arguments[dense - 1], in_dims[dense - 1]).shape[1]
         if slopes is not None and slopes.dim() - (dims[3] is not None) == 2:
             slopes = fold(slopes, dims[3])
         elif dims[3] is not None:
