@@ -156,20 +156,16 @@ void set_shape_of(const char* name, TensorView& view, size_t rank, const int64_t
       name, view, rank, [&](size_t i) { return shape[i]; }, [&](size_t i) { return stride[i]; });
 }
 
-// Else by attributes: PyTorch's DLPack export for Python refuses tensors that require gradients, waits for streams, and takes microseconds.
-Tensor tensor_of_torch(const char* name, nb::handle source) {
+// A PyTorch tensor that has no memory to read, or none yet: of an old vmap, nested, a zero tensor. PyTorch's dispatcher may know more.
+struct Unreadable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Older PyTorch is read by attributes: its DLPack export for Python refuses tensors that require gradients, waits for streams, and takes
+// microseconds. What the exchange interface refuses comes here too, for the sentence.
+Tensor tensor_by_attributes(const char* name, nb::handle source) {
   Tensor tensor;
   const Torch& names = torch();
-  if (nb::dlpack::dltensor lent; names.read) {
-    if (names.read(source.ptr(), &lent) == 0) {
-      tensor.view.data = static_cast<char*>(lent.data) + lent.byte_offset;
-      tensor.view.dtype = dtype_of(name, lent.dtype);
-      tensor.place = place_of(name, lent.device.device_type, lent.device.device_id);
-      set_shape_of(name, tensor.view, static_cast<size_t>(lent.ndim), lent.shape, lent.strides);
-      return tensor;
-    }
-    PyErr_Clear();  // the attributes say what is wrong
-  }
   const auto call = [&](const nb::str& method) { return source.attr(method)(); };
   const nb::object dtype = source.attr(names.dtype);
   const auto known = std::find_if(names.dtypes.begin(), names.dtypes.end(), [&](const auto& entry) { return entry.first.is(dtype); });
@@ -180,10 +176,31 @@ Tensor tensor_of_torch(const char* name, nb::handle source) {
                            ", which is neither a CPU nor CUDA")
                               .c_str());
   }
-  tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(call(names.data_ptr)));
-  tensor.view.dtype = known->second;
-  if (index >= 0) tensor.place = {DeviceType::kCuda, index};
-  set_shape(name, tensor.view, nb::cast<nb::tuple>(source.attr(names.shape)), nb::cast<nb::tuple>(call(names.stride)));
+  try {
+    tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(call(names.data_ptr)));
+    tensor.view.dtype = known->second;
+    if (index >= 0) tensor.place = {DeviceType::kCuda, index};
+    set_shape(name, tensor.view, nb::cast<nb::tuple>(source.attr(names.shape)), nb::cast<nb::tuple>(call(names.stride)));
+  } catch (const nb::python_error& error) {
+    throw Unreadable(std::string(name) + " has no memory that can be read: " + nb::cast<std::string>(nb::str(error.value())));
+  }
+  return tensor;
+}
+
+Tensor tensor_of_torch(const char* name, nb::handle source) {
+  Tensor tensor;
+  if (nb::dlpack::dltensor lent; torch().read && torch().read(source.ptr(), &lent) == 0) {
+    tensor.view.data = static_cast<char*>(lent.data) + lent.byte_offset;
+    tensor.view.dtype = dtype_of(name, lent.dtype);
+    tensor.place = place_of(name, lent.device.device_type, lent.device.device_id);
+    set_shape_of(name, tensor.view, static_cast<size_t>(lent.ndim), lent.shape, lent.strides);
+  } else {
+    PyErr_Clear();
+    tensor = tensor_by_attributes(name, source);
+  }
+  const auto& shape = tensor.view.shape;
+  if (!tensor.view.data && std::find(shape.begin(), shape.begin() + tensor.view.rank, 0) == shape.begin() + tensor.view.rank)
+    throw Unreadable(std::string(name) + " has no memory that can be read");
   return tensor;
 }
 
@@ -276,8 +293,8 @@ class Call {
     plan_ = plan_for(value(describe(pass, arguments_.q, arguments_.k, arguments_.v, options)), options.device);
   }
 
-  void run(nb::handle o, nb::handle lse, nb::handle do_, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dsink,
-           uintptr_t workspace, uintptr_t stream) {
+  void run(uintptr_t stream, uintptr_t workspace, nb::handle o, nb::handle lse, nb::handle do_, nb::handle dlse, nb::handle dq,
+           nb::handle dk, nb::handle dv, nb::handle dsink) {
     Arguments arguments = arguments_;
     arguments.o = take("o", o);
     arguments.lse = take("lse", lse);
@@ -404,15 +421,16 @@ NB_MODULE(_core, m) {
         return text;
       });
 
+  nb::exception<Unreadable>(m, "Unreadable", PyExc_RuntimeError);
   nb::class_<Call>(m, "Call", "One attention: planned from its inputs, then run on outputs that the caller allocates.")
       .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
                     nb::handle, nb::handle, nb::handle, bool, nb::handle, nb::handle, nb::handle, int>(),
            "pass_"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "cu_seqlens_q"_a.none(), "cu_seqlens_k"_a.none(), "seqused_k"_a.none(),
            "alibi_slopes"_a.none(), "sink"_a.none(), "softmax_scale"_a.none(), "softcap"_a.none(), "window_left"_a.none(),
            "window_right"_a.none(), "top_left"_a, "max_seqlen_q"_a.none(), "max_seqlen_k"_a.none(), "deterministic"_a.none(), "threads"_a)
-      .def("run", &Call::run, "o"_a.none(), "lse"_a.none(), "do"_a.none() = nb::none(), "dlse"_a.none() = nb::none(),
-           "dq"_a.none() = nb::none(), "dk"_a.none() = nb::none(), "dv"_a.none() = nb::none(), "dsink"_a.none() = nb::none(),
-           "workspace"_a = 0, "stream"_a = 0)
+      .def("run", &Call::run, "stream"_a, "workspace"_a, "o"_a.none(), "lse"_a.none(), "do"_a.none() = nb::none(),
+           "dlse"_a.none() = nb::none(), "dq"_a.none() = nb::none(), "dk"_a.none() = nb::none(), "dv"_a.none() = nb::none(),
+           "dsink"_a.none() = nb::none(), "workspace 0: memory of its own for the time of the call")
       .def_prop_ro("kernel", [](const Call& call) { return std::string(call.plan().kernel()); })
       .def_prop_ro("problem", [](const Call& call) { return call.plan().problem().to_string(); })
       .def_prop_ro("dtype", [](const Call& call) { return call.plan().problem().dtype; })

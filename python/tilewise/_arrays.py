@@ -77,7 +77,7 @@ def attention(
     lse = lse_view = None
     if want_lse:
         lse, lse_view = framework.empty(_lse_shape(q), _FLOAT32, -math.inf if packed else None)
-    call.run(o_view, lse_view, stream=framework.stream)
+    call.run(framework.stream, 0, o_view, lse_view)
     framework.finish()
     return (framework.give(o), framework.give(lse)) if want_lse else framework.give(o)
 
@@ -122,7 +122,7 @@ def attention_backward(
     if sink is not None:
         dsink, dsink_view = framework.empty(tuple(sink.shape), _FLOAT32)
     inputs = {name: framework.view(name, array) for name, array in arrays.items()}
-    call.run(**inputs, dq=dq_view, dk=dk_view, dv=dv_view, dsink=dsink_view, stream=framework.stream)
+    call.run(framework.stream, 0, **inputs, dq=dq_view, dk=dk_view, dv=dv_view, dsink=dsink_view)
     framework.finish()
     return Gradients(*(framework.give(x) for x in (dq, dk, dv, dsink)))
 

@@ -6,6 +6,7 @@ addresses, so that one build serves every PyTorch from 2.4 on.
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -24,8 +25,8 @@ _core.use_torch(
 )
 _FORWARD, _BACKWARD = _core.Pass.FORWARD, _core.Pass.BACKWARD
 _WORKSPACE_ALIGNMENT = 256
-# Of the older vmap, which is behind is_grads_batched: such a tensor looks plain and has no memory.
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", torch._C._functorch.is_batchedtensor)
+_DIRECT = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # PyTorch 2.10: tensors can be read without calling their methods
+_PLAIN = torch.Tensor, torch.nn.Parameter
 _SINK = 4  # place of sink among the options, the last that is a tensor
 
 # What forward and backward have in common: the optional tensors, then the problem.
@@ -78,34 +79,39 @@ def attention(
     options = (cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, softmax_scale, softcap, left, right, top_left, max_seqlen_q,
                max_seqlen_k, deterministic)
     # fmt: on
-    if torch.compiler.is_compiling() or _observed((q, k, v, *options[: _SINK + 1])):
-        o, lse = _forward(q, k, v, *options)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad):
-        o, lse = _attend(_forward_kernel, q, k, v, sink, options)
-    else:
-        o, lse = _forward_kernel(q, k, v, *options, want_lse=return_lse)
+    if not (torch.compiler.is_compiling() or _observed((q, k, v, *options[: _SINK + 1]))):
+        try:
+            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad):
+                return _attend(_forward_kernel, return_lse, q, k, v, sink, options)
+            o, lse = _forward_kernel(q, k, v, *options, want_lse=return_lse)
+            return (o, lse) if return_lse else o
+        except _core.Unreadable:
+            pass
+    o, lse = _forward(q, k, v, *options)
     return (o, lse) if return_lse else o
 
 
 def _observed(tensors):
     """Whether anything of PyTorch's stands between a call and the kernels: a mode, a transform, autocast, a profiler, a tensor that is no
     plain one of a CPU or CUDA. Where nothing does, calling the kernels directly saves the dispatcher's ways to Python and back: 10
-    microseconds forward, 25 with gradients (EPYC, torch 2.13)."""
-    for x in tensors:
-        if x is not None and (type(x) is not torch.Tensor or x.is_neg() or x.is_nested or x._is_zerotensor() or _is_batched(x)):
-            return True
+    microseconds forward, 25 with gradients (EPYC, torch 2.13). What else is no plain tensor has no memory: _core.Unreadable."""
     C, q = torch._C, tensors[0]
-    cuda = q.is_cuda
-    return bool(
-        not (cuda or q.is_cpu)
+    if (
+        not _DIRECT
+        or not (q.is_cuda or q.is_cpu)
         or C._len_torch_dispatch_stack()
         or C._is_torch_function_mode_enabled()
         or C._are_functorch_transforms_active()
-        or C._get_tracing_state()
+        or C._is_any_autocast_enabled()
+        or C._is_tracing()
         or torch.autograd._profiler_enabled()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cuda" if cuda else "cpu")
-    )
+    ):
+        return True
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            return True
+    return False
 
 
 # --- The operators on real memory ---
@@ -119,7 +125,7 @@ def _rows(x):
 def _gradient(do):
     """do as kernels of a GPU read it, rows at multiples of 16 bytes: it is autograd's, so that nobody can be asked to align it."""
     do = _rows(do)
-    aligned = not do.is_cuda or do.data_ptr() % 16 == 0 and not any(stride % 8 for stride in do.stride()[:-1])
+    aligned = not do.is_cuda or do.data_ptr() % 16 == 0 and math.gcd(*do.stride()[:-1]) % 8 == 0
     return do if aligned else do.clone(memory_format=torch.contiguous_format)
 
 
@@ -142,7 +148,7 @@ def _forward_kernel(q, k, v, *options, want_lse=True):
     call = _core.Call(_FORWARD, q, k, v, *options, threads)
     o, lse = _forward_outputs(q, v, want_lse)
     memory, workspace = _workspace(call, q)
-    call.run(o, lse, workspace=workspace, stream=stream)
+    call.run(stream, workspace, o, lse)
     return o, lse
 
 
@@ -150,11 +156,19 @@ def _backward_kernel(do, dlse, q, k, v, o, lse, *options):
     do, dlse, q, k, v = _gradient(do), _rows(dlse), _rows(q), _rows(k), _rows(v)
     threads, stream = _place(q)
     call = _core.Call(_BACKWARD, q, k, v, *options, threads)
-    has_sink = options[_SINK] is not None
-    dq, dk, dv, dsink = _backward_outputs(q, k, v, options[_SINK])
+    gradients = _backward_outputs(q, k, v, options[_SINK])
     memory, workspace = _workspace(call, q)
-    call.run(o, lse, do, dlse, dq, dk, dv, dsink if has_sink else None, workspace, stream)
-    return dq, dk, dv, dsink
+    call.run(stream, workspace, o, lse, do, dlse, *gradients)
+    return gradients
+
+
+def _backward_operator(*arguments):
+    return _tensors(*_backward_kernel(*arguments))
+
+
+def _tensors(dq, dk, dv, dsink):
+    """The results of the operator, which has no None among them."""
+    return dq, dk, dv, dq.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
 
 # --- What torch.compile needs to know: the same shapes without memory ---
@@ -165,14 +179,21 @@ def _forward_outputs(q, v, want_lse=True):
         rows, heads, _ = q.shape
         return q.new_zeros((rows, heads, v.shape[-1])), q.new_full((heads, rows), -torch.inf, dtype=torch.float32) if want_lse else None
     batch, seqlen, heads, dim = q.shape
-    like_q = dim == v.shape[-1] and q.is_contiguous()  # half a microsecond cheaper
-    o = torch.empty_like(q) if like_q else q.new_empty((batch, seqlen, heads, v.shape[-1]))
+    o = _empty_like(q) if dim == v.shape[-1] else q.new_empty((batch, seqlen, heads, v.shape[-1]))
     return o, q.new_empty((batch, heads, seqlen), dtype=torch.float32) if want_lse else None
 
 
 def _backward_outputs(q, k, v, sink):
-    new = torch.Tensor.new_zeros if q.dim() == 3 else torch.Tensor.new_empty
-    return (*(new(x, x.shape) for x in (q, k, v)), q.new_empty(0 if sink is None else sink.shape, dtype=torch.float32))
+    if q.dim() == 3:
+        gradients = (x.new_zeros(x.shape) for x in (q, k, v))
+    else:
+        gradients = _empty_like(q), _empty_like(k), _empty_like(v)
+    return *gradients, None if sink is None else torch.empty_like(sink)
+
+
+def _empty_like(x):
+    """Contiguous, whatever x is. What PyTorch has for exactly that costs a microsecond more on a GPU's host."""
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def _check_devices(q, *others):
@@ -189,7 +210,7 @@ def _forward_fake(q, k, v, *options):
 
 def _backward_fake(do, dlse, q, k, v, o, lse, *options):
     _check_devices(q, do, dlse, k, v, o, lse, *options)
-    return _backward_outputs(q, k, v, options[_SINK])
+    return _tensors(*_backward_outputs(q, k, v, options[_SINK]))
 
 
 # --- Autograd: written out, because what torch.library.register_autograd generates costs 75 microseconds more a call (EPYC, torch 2.13) ---
@@ -201,24 +222,28 @@ _SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 
 class _Attention(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, run, q, k, v, sink, options):
+    def forward(ctx, run, return_lse, q, k, v, sink, options):
         o, lse = run(q, k, v, *options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, o, lse, *options[: _SINK + 1])
         ctx.options = options[_SINK + 1 :]
-        return o, lse
+        return (o, lse) if return_lse else o
 
     @staticmethod
-    def backward(ctx, do, dlse):
+    def backward(ctx, do, dlse=None):
         if do is None and dlse is None:
-            return (None,) * 6
+            return (None,) * 7
         q, k, v, o, lse, *tensors = ctx.saved_tensors
         if do is None:  # the loss depends on lse alone
             do = torch.zeros_like(o)
-        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed((q, do, dlse, k, v, o, lse, *tensors)))
-        run = _backward_kernel if direct else _backward
-        dq, dk, dv, dsink = run(do, dlse, q, k, v, o, lse, *tensors, *ctx.options)
-        return None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None
+        arguments = do, dlse, q, k, v, o, lse, *tensors, *ctx.options
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed((q, do, dlse, k, v, o, lse, *tensors))):
+            try:
+                return None, None, *_backward_kernel(*arguments), None
+            except _core.Unreadable:
+                pass
+        dq, dk, dv, dsink = _backward(*arguments)
+        return None, None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None
 
 
 _attend = _Attention.apply  # an argument costs 0.1 us: those without a gradient come as one
@@ -280,9 +305,9 @@ def _autocast(device_type):
 
 for _key in ("CPU", "CUDA"):
     _library.impl("forward", _forward_kernel, _key)
-    _library.impl("backward", _backward_kernel, _key)
+    _library.impl("backward", _backward_operator, _key)
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
-_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(_attend, run, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
+_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(_attend, run, True, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
 _library.impl("backward", _differentiable(_backward, lambda run, x: _apply(_differentiate, run, *x)), "Autograd")
 
 
