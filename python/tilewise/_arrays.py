@@ -152,24 +152,19 @@ def _lse_shape(q):
     return (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
 
 
-def _plan(pass_, q, k, v, causal, window, alignment, softmax_scale, softcap, max_seqlen_q, max_seqlen_k, deterministic, **optional):
+# fmt: off
+def _plan(pass_, q, k, v, causal, window, alignment, softmax_scale, softcap, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+          max_seqlen_k, seqused_k, deterministic):
+    # fmt: on
     framework = _NumPy(q) if _is_numpy(q) else _DLPack(q)
     left, right, top_left = band(causal, window, alignment)
-    views = {name: framework.view(name, x) for name, x in {"q": q, "k": k, "v": v, **optional}.items()}
-    call = _core.Call(
-        pass_,
-        **views,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        window_left=left,
-        window_right=right,
-        top_left=top_left,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
-        threads=0,
+    view = framework.view
+    options = (
+        *(view("cu_seqlens_q", cu_seqlens_q), view("cu_seqlens_k", cu_seqlens_k), view("seqused_k", seqused_k)),
+        *(view("alibi_slopes", alibi_slopes), view("sink", sink)),
+        *(softmax_scale, softcap, left, right, top_left, max_seqlen_q, max_seqlen_k, deterministic),
     )
-    return call, framework
+    return _core.Call(pass_, view("q", q), view("k", k), view("v", v), options, 0), framework
 
 
 def _is_numpy(x):

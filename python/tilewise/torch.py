@@ -25,6 +25,8 @@ _core.use_torch(
 )
 _FORWARD, _BACKWARD = _core.Pass.FORWARD, _core.Pass.BACKWARD
 _WORKSPACE_ALIGNMENT = 256
+# Of the older vmap, which is behind is_grads_batched: such a tensor looks plain and has no memory.
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", torch._C._functorch.is_batchedtensor)
 _DIRECT = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # PyTorch 2.10: tensors can be read without calling their methods
 _PLAIN = torch.Tensor, torch.nn.Parameter
 _SINK = 4  # place of sink among the options, the last that is a tensor
@@ -70,6 +72,9 @@ def attention(
     torch.use_deterministic_algorithms().
     """
     left, right, top_left = band(causal, window, alignment)
+    if q is None or k is None or v is None:
+        _check_tensors((q, k, v))
+    direct = not (torch.compiler.is_compiling() or _observed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink))
     if sink is not None:
         sink = sink.float()
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -79,26 +84,29 @@ def attention(
     options = (cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, softmax_scale, softcap, left, right, top_left, max_seqlen_q,
                max_seqlen_k, deterministic)
     # fmt: on
-    if not (torch.compiler.is_compiling() or _observed((q, k, v, *options[: _SINK + 1]))):
+    if direct:
         try:
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad):
                 return _attend(_forward_kernel, return_lse, q, k, v, sink, options)
-            o, lse = _forward_kernel(q, k, v, *options, want_lse=return_lse)
+            o, lse = _forward_kernel(q, k, v, options, return_lse)
             return (o, lse) if return_lse else o
-        except _core.Unreadable:
-            pass
+        except _core.Unreadable:  # the dispatcher may know such a tensor
+            _check_tensors((q, k, v))
     o, lse = _forward(q, k, v, *options)
     return (o, lse) if return_lse else o
 
 
-def _observed(tensors):
+def _observed(*tensors):
     """Whether anything of PyTorch's stands between a call and the kernels: a mode, a transform, autocast, a profiler, a tensor that is no
     plain one of a CPU or CUDA. Where nothing does, calling the kernels directly saves the dispatcher's ways to Python and back: 10
     microseconds forward, 25 with gradients (EPYC, torch 2.13). What else is no plain tensor has no memory: _core.Unreadable."""
-    C, q = torch._C, tensors[0]
-    if (
+    C = torch._C
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            _check_tensors(tensors)
+            return True
+    return bool(
         not _DIRECT
-        or not (q.is_cuda or q.is_cpu)
         or C._len_torch_dispatch_stack()
         or C._is_torch_function_mode_enabled()
         or C._are_functorch_transforms_active()
@@ -106,12 +114,17 @@ def _observed(tensors):
         or C._is_tracing()
         or torch.autograd._profiler_enabled()
         or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return True
-    for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
-            return True
-    return False
+        or not (tensors[0].is_cuda or tensors[0].is_cpu)
+    )
+
+
+def _check_tensors(tensors):
+    names = "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "sink"
+    for name, x in zip(names, tensors):
+        if not isinstance(x, torch.Tensor) and (x is not None or name in "qkv"):
+            raise TypeError(f"{name} is {'None' if x is None else 'of type ' + type(x).__name__}, not a PyTorch tensor")
+        if x is not None and x.is_nested:
+            raise NotImplementedError(f"{name} is a nested tensor, which tilewise does not read: give its rows packed, with cu_seqlens")
 
 
 # --- The operators on real memory ---
@@ -142,28 +155,32 @@ def _workspace(call, q):
     return memory, -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
 
 
-def _forward_kernel(q, k, v, *options, want_lse=True):
+def _forward_kernel(q, k, v, options, want_lse=True):
     q, k, v = _rows(q), _rows(k), _rows(v)
     threads, stream = _place(q)
-    call = _core.Call(_FORWARD, q, k, v, *options, threads)
+    call = _core.Call(_FORWARD, q, k, v, options, threads)
     o, lse = _forward_outputs(q, v, want_lse)
     memory, workspace = _workspace(call, q)
     call.run(stream, workspace, o, lse)
     return o, lse
 
 
-def _backward_kernel(do, dlse, q, k, v, o, lse, *options):
+def _backward_kernel(do, dlse, q, k, v, o, lse, options):
     do, dlse, q, k, v = _gradient(do), _rows(dlse), _rows(q), _rows(k), _rows(v)
     threads, stream = _place(q)
-    call = _core.Call(_BACKWARD, q, k, v, *options, threads)
+    call = _core.Call(_BACKWARD, q, k, v, options, threads)
     gradients = _backward_outputs(q, k, v, options[_SINK])
     memory, workspace = _workspace(call, q)
     call.run(stream, workspace, o, lse, do, dlse, *gradients)
     return gradients
 
 
-def _backward_operator(*arguments):
-    return _tensors(*_backward_kernel(*arguments))
+def _forward_operator(q, k, v, *options):
+    return _forward_kernel(q, k, v, options)
+
+
+def _backward_operator(do, dlse, q, k, v, o, lse, *options):
+    return _tensors(*_backward_kernel(do, dlse, q, k, v, o, lse, options))
 
 
 def _tensors(dq, dk, dv, dsink):
@@ -223,11 +240,13 @@ _SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 class _Attention(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, run, return_lse, q, k, v, sink, options):
-        o, lse = run(q, k, v, *options)
-        ctx.set_materialize_grads(False)
+        o, lse = run(q, k, v, options)
         ctx.save_for_backward(q, k, v, o, lse, *options[: _SINK + 1])
         ctx.options = options[_SINK + 1 :]
-        return (o, lse) if return_lse else o
+        if not return_lse:
+            return o
+        ctx.set_materialize_grads(False)
+        return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse=None):
@@ -236,13 +255,13 @@ class _Attention(_SingleLevelFunction):
         q, k, v, o, lse, *tensors = ctx.saved_tensors
         if do is None:  # the loss depends on lse alone
             do = torch.zeros_like(o)
-        arguments = do, dlse, q, k, v, o, lse, *tensors, *ctx.options
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed((q, do, dlse, k, v, o, lse, *tensors))):
+        options = *tensors, *ctx.options
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_batched(do) or _observed(q, do, dlse, k, v, o, lse, *tensors)):
             try:
-                return None, None, *_backward_kernel(*arguments), None
+                return None, None, *_backward_kernel(do, dlse, q, k, v, o, lse, options), None
             except _core.Unreadable:
                 pass
-        dq, dk, dv, dsink = _backward(*arguments)
+        dq, dk, dv, dsink = _backward(do, dlse, q, k, v, o, lse, *options)
         return None, None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None
 
 
@@ -304,10 +323,13 @@ def _autocast(device_type):
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("forward", _forward_kernel, _key)
+    _library.impl("forward", _forward_operator, _key)
     _library.impl("backward", _backward_operator, _key)
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
-_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(_attend, run, True, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
+# fmt: off
+_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(
+    _attend, lambda q, k, v, options: run(q, k, v, *options), True, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
+# fmt: on
 _library.impl("backward", _differentiable(_backward, lambda run, x: _apply(_differentiate, run, *x)), "Autograd")
 
 

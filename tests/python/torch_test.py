@@ -189,6 +189,13 @@ def test_errors_name_argument_value_and_rule():
         (TypeError, "max_seqlen_q 2.5 is not a whole number", lambda: attention(q, k, v, max_seqlen_q=2.5)),
         (ValueError, "max_seqlen_q 37 is given, but it is a bound of packed", lambda: attention(q, k, v, max_seqlen_q=37)),
         (TypeError, "deterministic 'yes' is neither True nor False", lambda: attention(q, k, v, deterministic="yes")),
+        (TypeError, "k is of type ndarray, not a PyTorch tensor", lambda: attention(q, k.numpy(), v)),
+        (TypeError, "v is None", lambda: attention(q, k, None)),
+        (TypeError, "sink is of type list", lambda: attention(q, k, v, sink=[0.0] * 4)),
+        (TypeError, r"q has dtype torch\.float8_e4m3fn", lambda: attention(q.to(torch.float8_e4m3fn), k, v)),
+        (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]]), k, v)),
+        (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]], layout=torch.jagged), k, v)),
+        (ValueError, r"alibi_slopes has shape \[0\]", lambda: attention(q, k, v, alibi_slopes=torch.zeros(0))),
         (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
     ):
         with pytest.raises(error, match=sentence):
@@ -245,7 +252,7 @@ def test_direct_calls_equal_the_dispatchers(monkeypatch):
         return (o, lse, *torch.autograd.grad(o.square().sum() + lse.sum(), (q, k, v, sink)))
 
     direct = run()
-    monkeypatch.setattr(tilewise.torch, "_observed", lambda tensors: True)
+    monkeypatch.setattr(tilewise.torch, "_observed", lambda *tensors: True)
     assert all(torch.equal(a, b) for a, b in zip(direct, run()))
 
 
