@@ -110,7 +110,7 @@ def _masked(q, k, v, attention_mask, band, options):
         starts = _starts(attention_mask[:, 0])
         return _packed(q, k, v, starts, starts, None, None, window=band, **options)
     if attention_mask.dim() == 4:
-        attention_mask = _keys_of_dense(attention_mask, q.shape[0], q.shape[1], k.shape[1], band)
+        attention_mask, band = _read_dense(attention_mask, q.shape[0], q.shape[1], k.shape[1], band)
         k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
     return _padded(q, k, v, attention_mask, band, options)
 
@@ -197,33 +197,45 @@ def _keys(attention_mask, kv_length, kv_offset):
     return None if bool(keys.all()) else keys
 
 
-def _keys_of_dense(dense, batch, seqlen_q, seqlen_k, band):
-    """The keys [batch, n <= seqlen_k] that a mask of 4 dimensions shows to anybody, if they and the band are all that it says."""
+def _read_dense(dense, batch, seqlen_q, seqlen_k, layers_band):
+    """(keys [batch, n <= seqlen_k], band) of a mask of 4 dimensions, if that is all it says. The mask counts, not what a layer says of
+    itself; but that is the likeliest."""
     if dense.shape[-1] < seqlen_k:
         raise ValueError(f"attention_mask has shape {list(dense.shape)}, but there are {seqlen_k} keys")
     dense = dense[..., :seqlen_k]
     visible = dense if dense.dtype == torch.bool else dense == 0
     hidden = ~visible if dense.dtype == torch.bool else dense <= torch.finfo(dense.dtype).min / 2
     visible = visible.expand(batch, -1, seqlen_q, -1)
+    if bool((visible | hidden).all()):
+        for band in dict.fromkeys((layers_band, (-1, -1), (-1, 0))):
+            keys = _keys_in_band(visible, band)
+            if keys is not None:
+                return keys, band
+    raise NotImplementedError(
+        f"the attention mask of shape {list(dense.shape)} is more than padding and the layer's band (window {layers_band[0]} keys back, "
+        f"{layers_band[1]} ahead, -1 is unbounded), and tilewise has no other masks or biases yet"
+    )
+
+
+def _keys_in_band(visible, band):
+    """The keys [batch, n] that anybody sees, if visible [batch, 1 or heads, seqlen_q, seqlen_k] is these and the band, else None."""
+    seqlen_q, seqlen_k = visible.shape[2:]
     keys = visible.any(2).any(1)
     shown = keys.any(0).nonzero()
     end = max(int(shown.max()) + 1, seqlen_q) if len(shown) and band != (-1, -1) else seqlen_k
+    if end < seqlen_q:
+        return None
     keys = keys[:, :end]
-    key = torch.arange(end, device=dense.device)
-    query = torch.arange(end - seqlen_q, end, device=dense.device)[:, None]
-    in_band = torch.ones(1, 1, dtype=torch.bool, device=dense.device)
+    key = torch.arange(end, device=visible.device)
+    query = torch.arange(end - seqlen_q, end, device=visible.device)[:, None]
+    in_band = torch.ones(1, 1, dtype=torch.bool, device=visible.device)
     if band[0] >= 0:
         in_band = in_band & (key >= query - band[0])
     if band[1] >= 0:
         in_band = in_band & (key <= query + band[1])
     expected = keys[:, None, None, :] & in_band
-    padding = torch.zeros((), dtype=torch.bool, device=dense.device) if band == (-1, -1) else ~keys[:, None, end - seqlen_q :, None]
-    if end < seqlen_q or not bool((visible | hidden).all()) or not bool(((visible[..., :end] == expected) | padding).all()):
-        raise NotImplementedError(
-            f"the attention mask of shape {list(dense.shape)} is more than padding and the layer's band (window {band[0]} keys back, "
-            f"{band[1]} ahead, -1 is unbounded), and tilewise has no other masks or biases yet"
-        )
-    return keys
+    padding = torch.zeros((), dtype=torch.bool, device=visible.device) if band == (-1, -1) else ~keys[:, None, end - seqlen_q :, None]
+    return keys if bool(((visible[..., :end] == expected) | padding).all()) else None
 
 
 # --- Padding and packing ---

@@ -277,6 +277,18 @@ def test_a_mask_of_its_own_is_used_or_refused():
             ours(input_ids=ids, attention_mask=torch.where(causal, 0.25, torch.finfo(torch.float32).min))
 
 
+@pytest.mark.parametrize("says_causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_of_four_dimensions_counts_more_than_the_layer(causal, says_causal):
+    """LayoutLM's encoder leaves it to the mask that it is not causal."""
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    keep = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    mask = keep[:, None, None] & torch.ones(5, 5).tril().bool() if causal else keep[:, None, None]
+    o, _ = tilewise.hf.attention(None, q, k, v, mask, is_causal=says_causal)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(o[keep], expected[keep])
+
+
 def test_what_is_not_there_is_refused():
     _, model = pair_of("LlamaConfig", "LlamaForCausalLM", dict(GROUPED, attention_dropout=0.1))
     ids, keep = batch_of("none")
