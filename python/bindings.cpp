@@ -439,8 +439,8 @@ NB_MODULE(_core, m) {
 
   nb::exception<Unreadable>(m, "Unreadable", PyExc_RuntimeError);
   nb::class_<Call>(m, "Call", "One attention: planned from its inputs, then run on outputs that the caller allocates.")
-      .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, const nb::tuple&, int>(), "pass_"_a, "q"_a.none(), "k"_a.none(),
-           "v"_a.none(), "options"_a, "threads"_a)
+      .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, const nb::tuple&, int>(), "pass_"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(),
+           "options"_a, "threads"_a)
       .def("run", &Call::run, "stream"_a, "workspace"_a, "o"_a.none(), "lse"_a.none(), "do"_a.none() = nb::none(),
            "dlse"_a.none() = nb::none(), "dq"_a.none() = nb::none(), "dk"_a.none() = nb::none(), "dv"_a.none() = nb::none(),
            "dsink"_a.none() = nb::none(), "workspace 0: memory of its own for the time of the call")

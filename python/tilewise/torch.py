@@ -72,9 +72,11 @@ def attention(
     torch.use_deterministic_algorithms().
     """
     left, right, top_left = band(causal, window, alignment)
-    if q is None or k is None or v is None:
-        _check_tensors((q, k, v))
-    direct = not (torch.compiler.is_compiling() or _observed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink))
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink
+    compiling = torch.compiler.is_compiling()
+    direct = not (compiling or q is None or k is None or v is None or _observed(*tensors))
+    if not (direct or compiling):
+        _check_tensors(*tensors)
     if sink is not None:
         sink = sink.float()
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -91,7 +93,7 @@ def attention(
             o, lse = _forward_kernel(q, k, v, options, return_lse)
             return (o, lse) if return_lse else o
         except _core.Unreadable:  # the dispatcher may know such a tensor
-            _check_tensors((q, k, v))
+            _check_tensors(*tensors)
     o, lse = _forward(q, k, v, *options)
     return (o, lse) if return_lse else o
 
@@ -102,12 +104,10 @@ def _observed(*tensors):
     microseconds forward, 25 with gradients (EPYC, torch 2.13). What else is no plain tensor has no memory: _core.Unreadable."""
     C = torch._C
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
-            _check_tensors(tensors)
+        if x is not None and (type(x) not in _PLAIN or x.is_neg() or not _DIRECT):
             return True
     return bool(
-        not _DIRECT
-        or C._len_torch_dispatch_stack()
+        C._len_torch_dispatch_stack()
         or C._is_torch_function_mode_enabled()
         or C._are_functorch_transforms_active()
         or C._is_any_autocast_enabled()
@@ -118,9 +118,8 @@ def _observed(*tensors):
     )
 
 
-def _check_tensors(tensors):
-    names = "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "sink"
-    for name, x in zip(names, tensors):
+def _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink):
+    for name, x in dict(locals()).items():
         if not isinstance(x, torch.Tensor) and (x is not None or name in "qkv"):
             raise TypeError(f"{name} is {'None' if x is None else 'of type ' + type(x).__name__}, not a PyTorch tensor")
         if x is not None and x.is_nested:

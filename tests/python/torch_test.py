@@ -276,6 +276,11 @@ def test_tensors_that_are_not_plain():
 
     got = attention((-q).as_subclass(Mine), k, v)
     assert type(got) is Mine and torch.equal(got.as_subclass(torch.Tensor), right)
+    x = q.as_subclass(Mine).requires_grad_()
+    attention(x, k, v).sum().backward()
+    y = q.clone().requires_grad_()
+    attention(y, k, v).sum().backward()
+    assert torch.equal(x.grad.as_subclass(torch.Tensor), y.grad)
     with torch.inference_mode():
         assert torch.equal(attention(-q, k, v), right)
 
