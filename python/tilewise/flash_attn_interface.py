@@ -101,16 +101,16 @@ def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0,
                                      window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
                                      return_attn_probs=False, **fa3):
     """As flash_attn_varlen_func, for qkv [total, 3, num_heads, head_dim]; nothing is copied."""
-    return flash_attn_varlen_func(*_parts("qkv", qkv, 3, 1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-                                  window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
+    return flash_attn_varlen_func(*_parts("qkv", qkv, 3, 1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale,
+                                  causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
 
 
 def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
                                     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
                                     return_attn_probs=False, **fa3):
     """As flash_attn_varlen_func, for kv [total_k, 2, num_heads_kv, head_dim]; nothing is copied."""
-    return flash_attn_varlen_func(q, *_parts("kv", kv, 2, 1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-                                  causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
+    return flash_attn_varlen_func(q, *_parts("kv", kv, 2, 1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                                  softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, *arguments, **options):

@@ -39,7 +39,8 @@ def register(name: str = "tilewise") -> None:
 
 # Transformers describes the queries by q_length and q_offset, a year ago by cache_position.
 @torch.compiler.disable
-def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=None, cache_position=None, q_length=None, q_offset=0, **others):
+def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=None, cache_position=None, q_length=None, q_offset=0,
+         **others):  # fmt: skip
     """The mask function: what Transformers knows about a mask, as attention() wants it. See the head of this file."""
     _check_model(others.get("config"))
     if q_length is None:

@@ -88,7 +88,8 @@ def attention(
     # fmt: on
     if direct:
         try:
-            if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad):
+            wanted = q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad
+            if wanted and torch.is_grad_enabled():
                 return _attend(_forward_kernel, return_lse, q, k, v, sink, options)
             o, lse = _forward_kernel(q, k, v, options, return_lse)
             return (o, lse) if return_lse else o
@@ -255,7 +256,8 @@ class _Attention(_SingleLevelFunction):
         if do is None:  # the loss depends on lse alone
             do = torch.zeros_like(o)
         options = *tensors, *ctx.options
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_batched(do) or _observed(q, do, dlse, k, v, o, lse, *tensors)):
+        alone = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_batched(do))
+        if alone and not _observed(q, do, dlse, k, v, o, lse, *tensors):
             try:
                 return None, None, *_backward_kernel(do, dlse, q, k, v, o, lse, options), None
             except _core.Unreadable:
@@ -361,7 +363,8 @@ def _mapped(operator, dense):
             slopes = slopes.movedim(dims[3], 0).repeat_interleave(batch, 0)
         results = operator(*folded, None, None, fold(seqused_k, dims[2]), slopes, sink, *problem)
         own = [x.dim() > 1 for x in results]  # all but the empty gradient of no sink
-        return tuple(x.unflatten(0, (size, batch)) if its_own else x for x, its_own in zip(results, own)), tuple(0 if x else None for x in own)
+        results = tuple(x.unflatten(0, (size, batch)) if its_own else x for x, its_own in zip(results, own))
+        return results, tuple(0 if its_own else None for its_own in own)
 
     return rule
 
