@@ -20,16 +20,13 @@ import results
 import tilewise.torch
 
 
-def host_us(call, calls=50, rounds=100):
-    """Microseconds of the host for one call: as many as a stream holds without waiting, the device idle before each round."""
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - begin) / calls * 1e6)
-    return round(statistics.median(times), 2)
+def host_us(call, calls=50):
+    """Microseconds of the host for one call: as many as a stream holds without waiting, the device idle before."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls * 1e6
 
 
 def sdpa(backend):
@@ -48,28 +45,56 @@ CONTENDERS = {
 }
 
 
-def host_cost(binary):
+def host_cost(binary, turns=5, rounds=40):
+    """Hosts are shared and change their speed within seconds: all take turns, C++ too, and what is above C++ is above that of its turn."""
     q, k, v = (torch.randn(1, 128, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     trained = [x.clone().requires_grad_() for x in (q, k, v)]
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    trained_first = [x.clone().requires_grad_() for x in heads_first]
     do = torch.randn_like(q)
-    result = {"problem": "q128 h4 d128 bf16 causal"}
-    if binary:
-        result["cpp"] = json.loads(subprocess.run([binary], capture_output=True, text=True, check=True).stdout)
-    attend, o = CONTENDERS["tilewise"], tilewise.torch.attention(*trained, causal=True)
-    with torch.no_grad():
-        result["no_grad_us"] = host_us(lambda: attend(q, k, v))
-        result["operator_us"] = host_us(lambda: torch.ops.tilewise.forward(q, k, v, None, None, None, None, None, None, 0.0, -1, 0, False, 0, 0, False))
-    result["autograd_us"] = host_us(lambda: attend(*trained))
-    result["backward_us"] = host_us(lambda: torch.autograd.grad(o, trained, do, retain_graph=True), calls=20)
-    result["empty_pair_us"] = host_us(lambda: (torch.empty_like(q), q.new_empty((1, 4, 128), dtype=torch.float32)))
+    attend, operator, flash = CONTENDERS["tilewise"], torch.ops.tilewise.forward, F.scaled_dot_product_attention
+    o = attend(*trained)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        result["sdpa_flash_no_grad_us"] = host_us(lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True))
-        trained = [x.clone().requires_grad_() for x in heads_first]
-        result["sdpa_flash_autograd_us"] = host_us(lambda: F.scaled_dot_product_attention(*trained, is_causal=True))
-        o = F.scaled_dot_product_attention(*trained, is_causal=True)
-        result["sdpa_flash_backward_us"] = host_us(lambda: torch.autograd.grad(o, trained, do.transpose(1, 2), retain_graph=True), calls=20)
-    return result
+        o_flash = flash(*trained_first, is_causal=True)
+
+    def without_gradients(call):
+        def measured():
+            with torch.no_grad():
+                return host_us(call)
+
+        return measured
+
+    def gradients(o, inputs, do):
+        return lambda: host_us(lambda: torch.autograd.grad(o, inputs, do, retain_graph=True), calls=20)
+
+    measures = {
+        "no_grad_us": without_gradients(lambda: attend(q, k, v)),
+        "operator_us": without_gradients(lambda: operator(q, k, v, *[None] * 6, 0.0, -1, 0, False, 0, 0, False)),
+        "autograd_us": lambda: host_us(lambda: attend(*trained)),
+        "backward_us": gradients(o, trained, do),
+        "empty_pair_us": lambda: host_us(lambda: (torch.empty_like(q), q.new_empty((1, 4, 128), dtype=torch.float32))),
+        "sdpa_flash_no_grad_us": without_gradients(lambda: flash(*heads_first, is_causal=True)),
+        "sdpa_flash_autograd_us": lambda: host_us(lambda: flash(*trained_first, is_causal=True)),
+        "sdpa_flash_backward_us": gradients(o_flash, trained_first, do.transpose(1, 2)),
+    }
+    times = {}
+    for _ in range(turns):
+        if binary:
+            cpp = json.loads(subprocess.run([binary], capture_output=True, text=True, check=True).stdout)
+            for name in ("run_us", "empty_launch_us", "plan_and_run_us"):
+                times.setdefault(f"cpp_{name}", []).append(cpp[name])
+        turn = {name: [] for name in measures}
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            for _ in range(rounds):
+                for name, measure in measures.items():
+                    turn[name].append(measure())
+        for name, values in turn.items():
+            times.setdefault(name, []).append(statistics.median(values))
+            if binary and name in ("no_grad_us", "operator_us", "autograd_us"):
+                times.setdefault(f"{name}_above_cpp", []).append(times[name][-1] - cpp["run_us"])
+    times = {name: [round(value, 2) for value in values] for name, values in times.items()}
+    medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
+    return {"problem": "q128 h4 d128 bf16 causal"} | medians | {"turns": {name: times[name] for name in times if not name.endswith("above_cpp")}}
 
 
 class Gpt(torch.nn.Module):

@@ -72,13 +72,18 @@ Place place_of(const char* name, int device_type, int index) {
   throw nb::python_error();
 }
 
-DataType dtype_of(const char* name, nb::dlpack::dtype dtype) {
+std::optional<DataType> known_dtype(nb::dlpack::dtype dtype) {
   using Code = nb::dlpack::dtype_code;
   const auto is = [&](Code code, int bits) { return dtype.code == static_cast<uint8_t>(code) && dtype.bits == bits && dtype.lanes == 1; };
   if (is(Code::Float, 32)) return DataType::kFloat32;
   if (is(Code::Bfloat, 16)) return DataType::kBFloat16;
   if (is(Code::Float, 16)) return DataType::kFloat16;
   if (is(Code::Int, 32)) return DataType::kInt32;
+  return {};
+}
+
+DataType dtype_of(const char* name, nb::dlpack::dtype dtype) {
+  if (const auto known = known_dtype(dtype)) return *known;
   const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
   wrong_dtype(name, (dtype.code < std::size(kinds) ? kinds[dtype.code] : "type " + std::to_string(dtype.code) + " of ") +
                         std::to_string(dtype.bits));
@@ -156,20 +161,16 @@ void set_shape_of(const char* name, TensorView& view, size_t rank, const int64_t
       name, view, rank, [&](size_t i) { return shape[i]; }, [&](size_t i) { return stride[i]; });
 }
 
-// Else by attributes: PyTorch's DLPack export for Python refuses tensors that require gradients, waits for streams, and takes microseconds.
-Tensor tensor_of_torch(const char* name, nb::handle source) {
+// A PyTorch tensor that has no memory to read, or none yet: of an old vmap, nested, a zero tensor. PyTorch's dispatcher may know more.
+struct Unreadable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Older PyTorch is read by attributes: its DLPack export for Python refuses tensors that require gradients, waits for streams, and takes
+// microseconds. What the exchange interface refuses comes here too, for the sentence.
+Tensor tensor_by_attributes(const char* name, nb::handle source) {
   Tensor tensor;
   const Torch& names = torch();
-  if (nb::dlpack::dltensor lent; names.read) {
-    if (names.read(source.ptr(), &lent) == 0) {
-      tensor.view.data = static_cast<char*>(lent.data) + lent.byte_offset;
-      tensor.view.dtype = dtype_of(name, lent.dtype);
-      tensor.place = place_of(name, lent.device.device_type, lent.device.device_id);
-      set_shape_of(name, tensor.view, static_cast<size_t>(lent.ndim), lent.shape, lent.strides);
-      return tensor;
-    }
-    PyErr_Clear();  // the attributes say what is wrong
-  }
   const auto call = [&](const nb::str& method) { return source.attr(method)(); };
   const nb::object dtype = source.attr(names.dtype);
   const auto known = std::find_if(names.dtypes.begin(), names.dtypes.end(), [&](const auto& entry) { return entry.first.is(dtype); });
@@ -180,10 +181,32 @@ Tensor tensor_of_torch(const char* name, nb::handle source) {
                            ", which is neither a CPU nor CUDA")
                               .c_str());
   }
-  tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(call(names.data_ptr)));
-  tensor.view.dtype = known->second;
-  if (index >= 0) tensor.place = {DeviceType::kCuda, index};
-  set_shape(name, tensor.view, nb::cast<nb::tuple>(source.attr(names.shape)), nb::cast<nb::tuple>(call(names.stride)));
+  try {
+    tensor.view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(call(names.data_ptr)));
+    tensor.view.dtype = known->second;
+    if (index >= 0) tensor.place = {DeviceType::kCuda, index};
+    set_shape(name, tensor.view, nb::cast<nb::tuple>(source.attr(names.shape)), nb::cast<nb::tuple>(call(names.stride)));
+  } catch (const nb::python_error& error) {
+    throw Unreadable(std::string(name) + " has no memory that can be read: " + nb::cast<std::string>(nb::str(error.value())));
+  }
+  return tensor;
+}
+
+Tensor tensor_of_torch(const char* name, nb::handle source) {
+  Tensor tensor;
+  nb::dlpack::dltensor lent;
+  if (const auto dtype = torch().read && torch().read(source.ptr(), &lent) == 0 ? known_dtype(lent.dtype) : std::nullopt) {
+    tensor.view.data = static_cast<char*>(lent.data) + lent.byte_offset;
+    tensor.view.dtype = *dtype;
+    tensor.place = place_of(name, lent.device.device_type, lent.device.device_id);
+    set_shape_of(name, tensor.view, static_cast<size_t>(lent.ndim), lent.shape, lent.strides);
+  } else {
+    PyErr_Clear();
+    tensor = tensor_by_attributes(name, source);
+  }
+  const auto& shape = tensor.view.shape;
+  if (!tensor.view.data && std::find(shape.begin(), shape.begin() + tensor.view.rank, 0) == shape.begin() + tensor.view.rank)
+    throw Unreadable(std::string(name) + " has no memory that can be read");
   return tensor;
 }
 
@@ -250,34 +273,37 @@ Plan plan_for(const Problem& problem, const Device& device) {
 // One attention: the plan for its inputs, waiting for its outputs. Python makes it, allocates what it asks for, and runs it.
 class Call {
  public:
-  Call(Pass pass, nb::handle q, nb::handle k, nb::handle v, nb::handle cu_seqlens_q, nb::handle cu_seqlens_k, nb::handle seqused_k,
-       nb::handle alibi_slopes, nb::handle sink, nb::handle softmax_scale, nb::handle softcap, nb::handle window_left,
-       nb::handle window_right, bool top_left, nb::handle max_seqlen_q, nb::handle max_seqlen_k, nb::handle deterministic, int threads) {
+  // options: cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, softmax_scale, softcap, window_left, window_right, top_left,
+  // max_seqlen_q, max_seqlen_k, deterministic. One tuple: it costs a call less than 13 arguments.
+  Call(Pass pass, nb::handle q, nb::handle k, nb::handle v, const nb::tuple& given, int threads) {
+    if (given.size() != 13) throw nb::value_error("options is not a tuple of 13 fields");
     Options options;
     inputs_.reserve(16);  // all tensors that there are
     arguments_.q = take("q", q);
+    if (inputs_.empty()) throw nb::type_error("q is None, not an array");
     place_ = inputs_.front().place;
     arguments_.k = take("k", k);
     arguments_.v = take("v", v);
-    options.cu_seqlens_q = arguments_.cu_seqlens_q = take("cu_seqlens_q", cu_seqlens_q);
-    options.cu_seqlens_k = arguments_.cu_seqlens_k = take("cu_seqlens_k", cu_seqlens_k);
-    options.seqused_k = arguments_.seqused_k = take("seqused_k", seqused_k);
-    options.alibi_slopes = arguments_.alibi_slopes = take("alibi_slopes", alibi_slopes);
-    options.sink = arguments_.sink = take("sink", sink);
+    if (inputs_.size() < 3) throw nb::type_error(k.is_none() ? "k is None, not an array" : "v is None, not an array");
+    options.cu_seqlens_q = arguments_.cu_seqlens_q = take_option("cu_seqlens_q", given[0]);
+    options.cu_seqlens_k = arguments_.cu_seqlens_k = take_option("cu_seqlens_k", given[1]);
+    options.seqused_k = arguments_.seqused_k = take_option("seqused_k", given[2]);
+    options.alibi_slopes = arguments_.alibi_slopes = take_option("alibi_slopes", given[3]);
+    options.sink = arguments_.sink = take_option("sink", given[4]);
     options.device = device_of(place_, threads);
-    if (!softmax_scale.is_none()) options.softmax_scale = real("softmax_scale", softmax_scale);
-    options.softcap = real("softcap", softcap);
-    options.window_left = whole("window left", window_left);
-    options.window_right = whole("window right", window_right);
-    options.alignment = top_left ? Alignment::kTopLeft : Alignment::kBottomRight;
-    options.max_seqlen_q = whole("max_seqlen_q", max_seqlen_q);
-    options.max_seqlen_k = whole("max_seqlen_k", max_seqlen_k);
-    options.deterministic = flag("deterministic", deterministic);
+    if (!given[5].is_none()) options.softmax_scale = real("softmax_scale", given[5]);
+    options.softcap = real("softcap", given[6]);
+    options.window_left = whole("window left", given[7]);
+    options.window_right = whole("window right", given[8]);
+    options.alignment = flag("top_left", given[9]) ? Alignment::kTopLeft : Alignment::kBottomRight;
+    options.max_seqlen_q = whole("max_seqlen_q", given[10]);
+    options.max_seqlen_k = whole("max_seqlen_k", given[11]);
+    options.deterministic = flag("deterministic", given[12]);
     plan_ = plan_for(value(describe(pass, arguments_.q, arguments_.k, arguments_.v, options)), options.device);
   }
 
-  void run(nb::handle o, nb::handle lse, nb::handle do_, nb::handle dlse, nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dsink,
-           uintptr_t workspace, uintptr_t stream) {
+  void run(uintptr_t stream, uintptr_t workspace, nb::handle o, nb::handle lse, nb::handle do_, nb::handle dlse, nb::handle dq,
+           nb::handle dk, nb::handle dv, nb::handle dsink) {
     Arguments arguments = arguments_;
     arguments.o = take("o", o);
     arguments.lse = take("lse", lse);
@@ -313,6 +339,13 @@ class Call {
     }
     inputs_.push_back(std::move(tensor));
     return inputs_.back().view;
+  }
+
+  // What is given and has no elements is not what is not given.
+  TensorView take_option(const char* name, nb::handle source) {
+    TensorView view = take(name, source);
+    if (!source.is_none() && !view.data) view.data = &place_;
+    return view;
   }
 
   Place place_;
@@ -404,15 +437,13 @@ NB_MODULE(_core, m) {
         return text;
       });
 
+  nb::exception<Unreadable>(m, "Unreadable", PyExc_RuntimeError);
   nb::class_<Call>(m, "Call", "One attention: planned from its inputs, then run on outputs that the caller allocates.")
-      .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
-                    nb::handle, nb::handle, nb::handle, bool, nb::handle, nb::handle, nb::handle, int>(),
-           "pass_"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(), "cu_seqlens_q"_a.none(), "cu_seqlens_k"_a.none(), "seqused_k"_a.none(),
-           "alibi_slopes"_a.none(), "sink"_a.none(), "softmax_scale"_a.none(), "softcap"_a.none(), "window_left"_a.none(),
-           "window_right"_a.none(), "top_left"_a, "max_seqlen_q"_a.none(), "max_seqlen_k"_a.none(), "deterministic"_a.none(), "threads"_a)
-      .def("run", &Call::run, "o"_a.none(), "lse"_a.none(), "do"_a.none() = nb::none(), "dlse"_a.none() = nb::none(),
-           "dq"_a.none() = nb::none(), "dk"_a.none() = nb::none(), "dv"_a.none() = nb::none(), "dsink"_a.none() = nb::none(),
-           "workspace"_a = 0, "stream"_a = 0)
+      .def(nb::init<Pass, nb::handle, nb::handle, nb::handle, const nb::tuple&, int>(), "pass_"_a, "q"_a.none(), "k"_a.none(), "v"_a.none(),
+           "options"_a, "threads"_a)
+      .def("run", &Call::run, "stream"_a, "workspace"_a, "o"_a.none(), "lse"_a.none(), "do"_a.none() = nb::none(),
+           "dlse"_a.none() = nb::none(), "dq"_a.none() = nb::none(), "dk"_a.none() = nb::none(), "dv"_a.none() = nb::none(),
+           "dsink"_a.none() = nb::none(), "workspace 0: memory of its own for the time of the call")
       .def_prop_ro("kernel", [](const Call& call) { return std::string(call.plan().kernel()); })
       .def_prop_ro("problem", [](const Call& call) { return call.plan().problem().to_string(); })
       .def_prop_ro("dtype", [](const Call& call) { return call.plan().problem().dtype; })

@@ -24,4 +24,13 @@ def explain(problem: str, device: Device | None = None, *, lengths_q=(), lengths
     lengths_q, lengths_k: [batch] lengths of packed sequences; without them each counts with its upper bound.
     Returns an Explanation. Raises ValueError for a problem that makes no sense, NotImplementedError where no kernel takes it.
     """
-    return _core.explain(problem, device if device is not None else Device.cpu(), list(lengths_q), list(lengths_k))
+    if not isinstance(problem, str):
+        raise TypeError(f"problem {problem!r} is not a string: a problem in words, as in 'q4096 h16 d64 causal'")
+    if device is not None and not isinstance(device, Device):
+        raise TypeError(f"device {device!r} is not a tilewise.Device: Device.cpu(), Device.cuda(0), or one of devices()")
+    lengths = []
+    for name, given in (("lengths_q", lengths_q), ("lengths_k", lengths_k)):
+        if isinstance(given, str) or not (hasattr(given, "__iter__") and all(hasattr(n, "__index__") for n in given)):
+            raise TypeError(f"{name} {given!r} is not a sequence of whole numbers")
+        lengths.append([int(n) for n in given])
+    return _core.explain(problem, Device.cpu() if device is None else device, *lengths)

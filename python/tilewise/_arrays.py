@@ -77,7 +77,7 @@ def attention(
     lse = lse_view = None
     if want_lse:
         lse, lse_view = framework.empty(_lse_shape(q), _FLOAT32, -math.inf if packed else None)
-    call.run(o_view, lse_view, stream=framework.stream)
+    call.run(framework.stream, 0, o_view, lse_view)
     framework.finish()
     return (framework.give(o), framework.give(lse)) if want_lse else framework.give(o)
 
@@ -122,7 +122,7 @@ def attention_backward(
     if sink is not None:
         dsink, dsink_view = framework.empty(tuple(sink.shape), _FLOAT32)
     inputs = {name: framework.view(name, array) for name, array in arrays.items()}
-    call.run(**inputs, dq=dq_view, dk=dk_view, dv=dv_view, dsink=dsink_view, stream=framework.stream)
+    call.run(framework.stream, 0, **inputs, dq=dq_view, dk=dk_view, dv=dv_view, dsink=dsink_view)
     framework.finish()
     return Gradients(*(framework.give(x) for x in (dq, dk, dv, dsink)))
 
@@ -152,24 +152,19 @@ def _lse_shape(q):
     return (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
 
 
-def _plan(pass_, q, k, v, causal, window, alignment, softmax_scale, softcap, max_seqlen_q, max_seqlen_k, deterministic, **optional):
+# fmt: off
+def _plan(pass_, q, k, v, causal, window, alignment, softmax_scale, softcap, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+          max_seqlen_k, seqused_k, deterministic):
+    # fmt: on
     framework = _NumPy(q) if _is_numpy(q) else _DLPack(q)
     left, right, top_left = band(causal, window, alignment)
-    views = {name: framework.view(name, x) for name, x in {"q": q, "k": k, "v": v, **optional}.items()}
-    call = _core.Call(
-        pass_,
-        **views,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        window_left=left,
-        window_right=right,
-        top_left=top_left,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
-        threads=0,
+    view = framework.view
+    options = (
+        *(view("cu_seqlens_q", cu_seqlens_q), view("cu_seqlens_k", cu_seqlens_k), view("seqused_k", seqused_k)),
+        *(view("alibi_slopes", alibi_slopes), view("sink", sink)),
+        *(softmax_scale, softcap, left, right, top_left, max_seqlen_q, max_seqlen_k, deterministic),
     )
-    return call, framework
+    return _core.Call(pass_, view("q", q), view("k", k), view("v", v), options, 0), framework
 
 
 def _is_numpy(x):

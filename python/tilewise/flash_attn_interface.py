@@ -38,7 +38,7 @@ def _attend(q, k, v, *, causal, window_size, softcap, alibi_slopes, deterministi
             given = f"a tensor of shape {list(value.shape)}" if hasattr(value, "shape") else repr(value)
             raise NotImplementedError(f"{name} is {given}, and tilewise has only {_NEUTRAL[name]!r} yet")
     left, right = (-1 if side is None or side < 0 else side for side in window_size)
-    o, lse = attention(
+    result = attention(
         q,
         k,
         v,
@@ -48,10 +48,16 @@ def _attend(q, k, v, *, causal, window_size, softcap, alibi_slopes, deterministi
         alibi_slopes=alibi_slopes,
         sink=sink,
         deterministic=deterministic,
-        return_lse=True,
+        return_lse=return_attn_probs,
         **options,
     )
-    return (o, lse, None) if return_attn_probs else o
+    return (*result, None) if return_attn_probs else result
+
+
+def _parts(name, packed, count, dim):
+    if packed.dim() != dim + 3 or packed.shape[dim] != count:
+        raise ValueError(f"{name} has shape {list(packed.shape)}, but it has {dim + 3} dimensions, and {count} in dimension {dim}")
+    return packed.unbind(dim)
 
 
 # fmt: off
@@ -66,14 +72,14 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
 def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                               alibi_slopes=None, deterministic=False, return_attn_probs=False, **fa3):
     """As flash_attn_func, for qkv [batch, seqlen, 3, num_heads, head_dim]; nothing is copied."""
-    return flash_attn_func(*qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+    return flash_attn_func(*_parts("qkv", qkv, 3, 2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
                            return_attn_probs, **fa3)
 
 
 def flash_attn_kvpacked_func(q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                              alibi_slopes=None, deterministic=False, return_attn_probs=False, **fa3):
     """As flash_attn_func, for kv [batch, seqlen_k, 2, num_heads_kv, head_dim]; nothing is copied."""
-    return flash_attn_func(q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+    return flash_attn_func(q, *_parts("kv", kv, 2, 2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
                            return_attn_probs, **fa3)
 
 
@@ -95,16 +101,16 @@ def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0,
                                      window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
                                      return_attn_probs=False, **fa3):
     """As flash_attn_varlen_func, for qkv [total, 3, num_heads, head_dim]; nothing is copied."""
-    return flash_attn_varlen_func(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-                                  window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
+    return flash_attn_varlen_func(*_parts("qkv", qkv, 3, 1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale,
+                                  causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
 
 
 def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
                                     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
                                     return_attn_probs=False, **fa3):
     """As flash_attn_varlen_func, for kv [total_k, 2, num_heads_kv, head_dim]; nothing is copied."""
-    return flash_attn_varlen_func(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-                                  causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
+    return flash_attn_varlen_func(q, *_parts("kv", kv, 2, 1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                                  softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **fa3)
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, *arguments, **options):

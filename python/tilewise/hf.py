@@ -6,10 +6,11 @@ Without the second the mask is silently None. Here a mask is one of
     [batch, keys]       not 0 for keys that are no padding; with the band that the model's mask function describes
     [batch, 1, keys]    the sequence that a token belongs to, where several are packed into a row
     4 dimensions        a model's own, or one that is none of the above: taken where it is a band and padding, else refused
-    None                the model asked for no mask, or torch.compile runs and nothing is padded: the layer says whether it is causal
+    [0, 0, keys, left + 1, right + 1]   nothing is padded: a band and no elements, its shape says everything
+    None                the model asked for no mask: the layer says whether it is causal
 
-so nothing of size queries x keys is made for causal masks, windows and padding. Masks are read outside of torch.compile's graphs: what is in
-them decides what is computed.
+so nothing of size queries x keys is made for causal masks, windows and padding. Masks with elements are read outside of torch.compile's
+graphs: what is in them decides what is computed.
 """
 
 import sys
@@ -36,15 +37,11 @@ def register(name: str = "tilewise") -> None:
     AttentionMaskInterface.register(name, mask)
 
 
-def mask(*batch_size, **options):
-    """The mask function: what Transformers knows about a mask, as attention() wants it. See the head of this file."""
-    return _mask(*batch_size, compiling=torch.compiler.is_compiling(), **options)
-
-
 # Transformers describes the queries by q_length and q_offset, a year ago by cache_position.
 @torch.compiler.disable
-def _mask(batch_size, *, compiling, kv_length, kv_offset=0, mask_function, attention_mask=None, cache_position=None, q_length=None, q_offset=0,
-          **others):  # fmt: skip
+def mask(batch_size, *, kv_length, kv_offset=0, mask_function, attention_mask=None, cache_position=None, q_length=None, q_offset=0,
+         **others):  # fmt: skip
+    """The mask function: what Transformers knows about a mask, as attention() wants it. See the head of this file."""
     _check_model(others.get("config"))
     if q_length is None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
@@ -57,15 +54,13 @@ def _mask(batch_size, *, compiling, kv_length, kv_offset=0, mask_function, atten
         aligned = band == (-1, -1) or int(q_offset) - kv_offset == kv_length - q_length
         if segments is not None and attention_mask is None and segments.shape[-1] == kv_length == q_length:
             return _with_band(segments.expand(batch_size, -1)[:, None], band)
-        if segments is None and aligned:
+        # A model that forbids Transformers to leave the mask out works with it, joins it to another for instance.
+        own = not others.get("allow_is_bidirectional_skip" if band == (-1, -1) else "allow_is_causal_skip", True)
+        if segments is None and aligned and not own:
             keys = _keys(attention_mask, kv_length, kv_offset)
-            may_skip = others.get("allow_is_bidirectional_skip" if band == (-1, -1) else "allow_is_causal_skip", True)
-            if keys is None and compiling and may_skip and band[0] < 0:
-                return None  # a mask breaks the graph at each layer; that a layer forgets its window is worse
             if keys is None:
                 device = others.get("device") or getattr(cache_position, "device", None)
-                keys = torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch_size, kv_length)
-                keys._tilewise_whole = True
+                return torch.empty(0, 0, kv_length, band[0] + 1, band[1] + 1, dtype=torch.bool, device=device)
             return _with_band(keys, band)
     positions = {"cache_position": cache_position} if cache_position is not None else {"q_length": q_length, "q_offset": q_offset}
     others.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, allow_torch_fix=False)
@@ -99,6 +94,11 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sink": s_aux}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         return _packed(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, window=band, **options), None
+    if attention_mask is not None and attention_mask.dim() == 5:
+        _, _, keys, left, right = attention_mask.shape
+        if keys != k.shape[1]:
+            raise ValueError(f"attention_mask is for {keys} keys, but there are {k.shape[1]}")
+        band, attention_mask = (left - 1, right - 1), None
     if attention_mask is None:
         return attend(q, k, v, window=band, **options), None
     return _masked(q, k, v, attention_mask, band, options), None
@@ -107,13 +107,11 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
 @torch.compiler.disable
 def _masked(q, k, v, attention_mask, band, options):
     band = getattr(attention_mask, "_tilewise_band", band)
-    if getattr(attention_mask, "_tilewise_whole", False):
-        return attend(q, k, v, window=band, **options)
     if attention_mask.dim() == 3:
         starts = _starts(attention_mask[:, 0])
         return _packed(q, k, v, starts, starts, None, None, window=band, **options)
     if attention_mask.dim() == 4:
-        attention_mask = _keys_of_dense(attention_mask, q.shape[0], q.shape[1], k.shape[1], band)
+        attention_mask, band = _read_dense(attention_mask, q.shape[0], q.shape[1], k.shape[1], band)
         k, v = k[:, : attention_mask.shape[1]], v[:, : attention_mask.shape[1]]
     return _padded(q, k, v, attention_mask, band, options)
 
@@ -200,31 +198,45 @@ def _keys(attention_mask, kv_length, kv_offset):
     return None if bool(keys.all()) else keys
 
 
-def _keys_of_dense(dense, batch, seqlen_q, seqlen_k, band):
-    """The keys [batch, n <= seqlen_k] that a mask of 4 dimensions shows to anybody, if they and the band are all that it says."""
+def _read_dense(dense, batch, seqlen_q, seqlen_k, layers_band):
+    """(keys [batch, n <= seqlen_k], band) of a mask of 4 dimensions, if that is all it says. The mask counts, not what a layer says of
+    itself; but that is the likeliest."""
+    if dense.shape[-1] < seqlen_k:
+        raise ValueError(f"attention_mask has shape {list(dense.shape)}, but there are {seqlen_k} keys")
     dense = dense[..., :seqlen_k]
     visible = dense if dense.dtype == torch.bool else dense == 0
     hidden = ~visible if dense.dtype == torch.bool else dense <= torch.finfo(dense.dtype).min / 2
     visible = visible.expand(batch, -1, seqlen_q, -1)
+    if bool((visible | hidden).all()):
+        for band in dict.fromkeys((layers_band, (-1, -1), (-1, 0))):
+            keys = _keys_in_band(visible, band)
+            if keys is not None:
+                return keys, band
+    raise NotImplementedError(
+        f"the attention mask of shape {list(dense.shape)} is more than padding and the layer's band (window {layers_band[0]} keys back, "
+        f"{layers_band[1]} ahead, -1 is unbounded), and tilewise has no other masks or biases yet"
+    )
+
+
+def _keys_in_band(visible, band):
+    """The keys [batch, n] that anybody sees, if visible [batch, 1 or heads, seqlen_q, seqlen_k] is these and the band, else None."""
+    seqlen_q, seqlen_k = visible.shape[2:]
     keys = visible.any(2).any(1)
     shown = keys.any(0).nonzero()
     end = max(int(shown.max()) + 1, seqlen_q) if len(shown) and band != (-1, -1) else seqlen_k
+    if end < seqlen_q:
+        return None
     keys = keys[:, :end]
-    key = torch.arange(end, device=dense.device)
-    query = torch.arange(end - seqlen_q, end, device=dense.device)[:, None]
-    in_band = torch.ones(1, 1, dtype=torch.bool, device=dense.device)
+    key = torch.arange(end, device=visible.device)
+    query = torch.arange(end - seqlen_q, end, device=visible.device)[:, None]
+    in_band = torch.ones(1, 1, dtype=torch.bool, device=visible.device)
     if band[0] >= 0:
         in_band = in_band & (key >= query - band[0])
     if band[1] >= 0:
         in_band = in_band & (key <= query + band[1])
     expected = keys[:, None, None, :] & in_band
-    padding = torch.zeros((), dtype=torch.bool, device=dense.device) if band == (-1, -1) else ~keys[:, None, end - seqlen_q :, None]
-    if end < seqlen_q or not bool((visible | hidden).all()) or not bool(((visible[..., :end] == expected) | padding).all()):
-        raise NotImplementedError(
-            f"the attention mask of shape {list(dense.shape)} is more than padding and the layer's band (window {band[0]} keys back, "
-            f"{band[1]} ahead, -1 is unbounded), and tilewise has no other masks or biases yet"
-        )
-    return keys
+    padding = torch.zeros((), dtype=torch.bool, device=visible.device) if band == (-1, -1) else ~keys[:, None, end - seqlen_q :, None]
+    return keys if bool(((visible[..., :end] == expected) | padding).all()) else None
 
 
 # --- Padding and packing ---

@@ -6,6 +6,7 @@ addresses, so that one build serves every PyTorch from 2.4 on.
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -26,6 +27,8 @@ _FORWARD, _BACKWARD = _core.Pass.FORWARD, _core.Pass.BACKWARD
 _WORKSPACE_ALIGNMENT = 256
 # Of the older vmap, which is behind is_grads_batched: such a tensor looks plain and has no memory.
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", torch._C._functorch.is_batchedtensor)
+_DIRECT = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # PyTorch 2.10: tensors can be read without calling their methods
+_PLAIN = torch.Tensor, torch.nn.Parameter
 _SINK = 4  # place of sink among the options, the last that is a tensor
 
 # What forward and backward have in common: the optional tensors, then the problem.
@@ -69,6 +72,11 @@ def attention(
     torch.use_deterministic_algorithms().
     """
     left, right, top_left = band(causal, window, alignment)
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink
+    compiling = torch.compiler.is_compiling()
+    direct = not (compiling or q is None or k is None or v is None or _observed(*tensors))
+    if not (direct or compiling):
+        _check_tensors(*tensors)
     if sink is not None:
         sink = sink.float()
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -78,34 +86,45 @@ def attention(
     options = (cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, softmax_scale, softcap, left, right, top_left, max_seqlen_q,
                max_seqlen_k, deterministic)
     # fmt: on
-    if torch.compiler.is_compiling() or _observed((q, k, v, *options[: _SINK + 1])):
-        o, lse = _forward(q, k, v, *options)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad):
-        o, lse = _attend(_forward_kernel, q, k, v, sink, options)
-    else:
-        o, lse = _forward_kernel(q, k, v, *options, want_lse=return_lse)
+    if direct:
+        try:
+            wanted = q.requires_grad or k.requires_grad or v.requires_grad or sink is not None and sink.requires_grad
+            if wanted and torch.is_grad_enabled():
+                return _attend(_forward_kernel, return_lse, q, k, v, sink, options)
+            o, lse = _forward_kernel(q, k, v, options, return_lse)
+            return (o, lse) if return_lse else o
+        except _core.Unreadable:  # the dispatcher may know such a tensor
+            _check_tensors(*tensors)
+    o, lse = _forward(q, k, v, *options)
     return (o, lse) if return_lse else o
 
 
-def _observed(tensors):
+def _observed(*tensors):
     """Whether anything of PyTorch's stands between a call and the kernels: a mode, a transform, autocast, a profiler, a tensor that is no
     plain one of a CPU or CUDA. Where nothing does, calling the kernels directly saves the dispatcher's ways to Python and back: 10
-    microseconds forward, 25 with gradients (EPYC, torch 2.13)."""
+    microseconds forward, 25 with gradients (EPYC, torch 2.13). What else is no plain tensor has no memory: _core.Unreadable."""
+    C = torch._C
     for x in tensors:
-        if x is not None and (type(x) is not torch.Tensor or x.is_neg() or x.is_nested or x._is_zerotensor() or _is_batched(x)):
+        if x is not None and (type(x) not in _PLAIN or x.is_neg() or not _DIRECT):
             return True
-    C, q = torch._C, tensors[0]
-    cuda = q.is_cuda
     return bool(
-        not (cuda or q.is_cpu)
-        or C._len_torch_dispatch_stack()
+        C._len_torch_dispatch_stack()
         or C._is_torch_function_mode_enabled()
         or C._are_functorch_transforms_active()
-        or C._get_tracing_state()
+        or C._is_any_autocast_enabled()
+        or C._is_tracing()
         or torch.autograd._profiler_enabled()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cuda" if cuda else "cpu")
+        or not (tensors[0].is_cuda or tensors[0].is_cpu)
     )
+
+
+def _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink):
+    for name, x in dict(locals()).items():
+        if not isinstance(x, torch.Tensor) and (x is not None or name in "qkv"):
+            raise TypeError(f"{name} is {'None' if x is None else 'of type ' + type(x).__name__}, not a PyTorch tensor")
+        if x is not None and x.is_nested:
+            raise NotImplementedError(f"{name} is a nested tensor, which tilewise does not read: give its rows packed, with cu_seqlens")
 
 
 # --- The operators on real memory ---
@@ -119,7 +138,7 @@ def _rows(x):
 def _gradient(do):
     """do as kernels of a GPU read it, rows at multiples of 16 bytes: it is autograd's, so that nobody can be asked to align it."""
     do = _rows(do)
-    aligned = not do.is_cuda or do.data_ptr() % 16 == 0 and not any(stride % 8 for stride in do.stride()[:-1])
+    aligned = not do.is_cuda or do.data_ptr() % 16 == 0 and math.gcd(*do.stride()[:-1]) % 8 == 0
     return do if aligned else do.clone(memory_format=torch.contiguous_format)
 
 
@@ -136,25 +155,37 @@ def _workspace(call, q):
     return memory, -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
 
 
-def _forward_kernel(q, k, v, *options, want_lse=True):
+def _forward_kernel(q, k, v, options, want_lse=True):
     q, k, v = _rows(q), _rows(k), _rows(v)
     threads, stream = _place(q)
-    call = _core.Call(_FORWARD, q, k, v, *options, threads)
+    call = _core.Call(_FORWARD, q, k, v, options, threads)
     o, lse = _forward_outputs(q, v, want_lse)
     memory, workspace = _workspace(call, q)
-    call.run(o, lse, workspace=workspace, stream=stream)
+    call.run(stream, workspace, o, lse)
     return o, lse
 
 
-def _backward_kernel(do, dlse, q, k, v, o, lse, *options):
+def _backward_kernel(do, dlse, q, k, v, o, lse, options):
     do, dlse, q, k, v = _gradient(do), _rows(dlse), _rows(q), _rows(k), _rows(v)
     threads, stream = _place(q)
-    call = _core.Call(_BACKWARD, q, k, v, *options, threads)
-    has_sink = options[_SINK] is not None
-    dq, dk, dv, dsink = _backward_outputs(q, k, v, options[_SINK])
+    call = _core.Call(_BACKWARD, q, k, v, options, threads)
+    gradients = _backward_outputs(q, k, v, options[_SINK])
     memory, workspace = _workspace(call, q)
-    call.run(o, lse, do, dlse, dq, dk, dv, dsink if has_sink else None, workspace, stream)
-    return dq, dk, dv, dsink
+    call.run(stream, workspace, o, lse, do, dlse, *gradients)
+    return gradients
+
+
+def _forward_operator(q, k, v, *options):
+    return _forward_kernel(q, k, v, options)
+
+
+def _backward_operator(do, dlse, q, k, v, o, lse, *options):
+    return _tensors(*_backward_kernel(do, dlse, q, k, v, o, lse, options))
+
+
+def _tensors(dq, dk, dv, dsink):
+    """The results of the operator, which has no None among them."""
+    return dq, dk, dv, dq.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
 
 # --- What torch.compile needs to know: the same shapes without memory ---
@@ -165,14 +196,21 @@ def _forward_outputs(q, v, want_lse=True):
         rows, heads, _ = q.shape
         return q.new_zeros((rows, heads, v.shape[-1])), q.new_full((heads, rows), -torch.inf, dtype=torch.float32) if want_lse else None
     batch, seqlen, heads, dim = q.shape
-    like_q = dim == v.shape[-1] and q.is_contiguous()  # half a microsecond cheaper
-    o = torch.empty_like(q) if like_q else q.new_empty((batch, seqlen, heads, v.shape[-1]))
+    o = _empty_like(q) if dim == v.shape[-1] else q.new_empty((batch, seqlen, heads, v.shape[-1]))
     return o, q.new_empty((batch, heads, seqlen), dtype=torch.float32) if want_lse else None
 
 
 def _backward_outputs(q, k, v, sink):
-    new = torch.Tensor.new_zeros if q.dim() == 3 else torch.Tensor.new_empty
-    return (*(new(x, x.shape) for x in (q, k, v)), q.new_empty(0 if sink is None else sink.shape, dtype=torch.float32))
+    if q.dim() == 3:
+        gradients = (x.new_zeros(x.shape) for x in (q, k, v))
+    else:
+        gradients = _empty_like(q), _empty_like(k), _empty_like(v)
+    return *gradients, None if sink is None else torch.empty_like(sink)
+
+
+def _empty_like(x):
+    """Contiguous, whatever x is. What PyTorch has for exactly that costs a microsecond more on a GPU's host."""
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def _check_devices(q, *others):
@@ -189,7 +227,7 @@ def _forward_fake(q, k, v, *options):
 
 def _backward_fake(do, dlse, q, k, v, o, lse, *options):
     _check_devices(q, do, dlse, k, v, o, lse, *options)
-    return _backward_outputs(q, k, v, options[_SINK])
+    return _tensors(*_backward_outputs(q, k, v, options[_SINK]))
 
 
 # --- Autograd: written out, because what torch.library.register_autograd generates costs 75 microseconds more a call (EPYC, torch 2.13) ---
@@ -201,24 +239,31 @@ _SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 
 class _Attention(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, run, q, k, v, sink, options):
-        o, lse = run(q, k, v, *options)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, run, return_lse, q, k, v, sink, options):
+        o, lse = run(q, k, v, options)
         ctx.save_for_backward(q, k, v, o, lse, *options[: _SINK + 1])
         ctx.options = options[_SINK + 1 :]
+        if not return_lse:
+            return o
+        ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
-    def backward(ctx, do, dlse):
+    def backward(ctx, do, dlse=None):
         if do is None and dlse is None:
-            return (None,) * 6
+            return (None,) * 7
         q, k, v, o, lse, *tensors = ctx.saved_tensors
         if do is None:  # the loss depends on lse alone
             do = torch.zeros_like(o)
-        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed((q, do, dlse, k, v, o, lse, *tensors)))
-        run = _backward_kernel if direct else _backward
-        dq, dk, dv, dsink = run(do, dlse, q, k, v, o, lse, *tensors, *ctx.options)
-        return None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None
+        options = *tensors, *ctx.options
+        alone = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_batched(do))
+        if alone and not _observed(q, do, dlse, k, v, o, lse, *tensors):
+            try:
+                return None, None, *_backward_kernel(do, dlse, q, k, v, o, lse, options), None
+            except _core.Unreadable:
+                pass
+        dq, dk, dv, dsink = _backward(do, dlse, q, k, v, o, lse, *options)
+        return None, None, dq, dk, dv, dsink if tensors[_SINK] is not None else None, None
 
 
 _attend = _Attention.apply  # an argument costs 0.1 us: those without a gradient come as one
@@ -279,13 +324,56 @@ def _autocast(device_type):
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("forward", _forward_kernel, _key)
-    _library.impl("backward", _backward_kernel, _key)
+    _library.impl("forward", _forward_operator, _key)
+    _library.impl("backward", _backward_operator, _key)
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
-_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(_attend, run, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
+# fmt: off
+_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(
+    _attend, lambda q, k, v, options: run(q, k, v, *options), True, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
+# fmt: on
 _library.impl("backward", _differentiable(_backward, lambda run, x: _apply(_differentiate, run, *x)), "Autograd")
+
+
+# --- vmap: the mapped dimension becomes a part of the batch ---
+
+
+def _mapped(operator, dense):
+    """vmap's rule of an operator whose first `dense` arguments have the batch in front. Calls go one by one for packed sequences, and for
+    sinks where each element has its own, or its own gradient."""
+
+    def rule(info, in_dims, *arguments):
+        size, dims = info.batch_size, in_dims[dense:]
+        starts_q, starts_k, seqused_k, slopes, sink, *problem = arguments[dense:]
+        own_sink = sink is not None and (operator is _backward or dims[_SINK] is not None)
+        if starts_q is not None or starts_k is not None or own_sink:
+            each = [operator(*(x if at is None else x.select(at, i) for x, at in zip(arguments, in_dims))) for i in range(size)]
+            return tuple(torch.stack(results) for results in zip(*each)), (0,) * len(each[0])
+
+        def front(x, at):
+            return x.expand(size, *x.shape) if at is None else x.movedim(at, 0)
+
+        def fold(x, at):
+            return None if x is None else front(x, at).flatten(0, 1)
+
+        folded = [fold(x, at) for x, at in zip(arguments[:dense], in_dims)]
+        batch = front(arguments[dense - 1], in_dims[dense - 1]).shape[1]
+        if slopes is not None and slopes.dim() - (dims[3] is not None) == 2:
+            slopes = fold(slopes, dims[3])
+        elif dims[3] is not None:
+            slopes = slopes.movedim(dims[3], 0).repeat_interleave(batch, 0)
+        results = operator(*folded, None, None, fold(seqused_k, dims[2]), slopes, sink, *problem)
+        own = [x.dim() > 1 for x in results]  # all but the empty gradient of no sink
+        results = tuple(x.unflatten(0, (size, batch)) if its_own else x for x, its_own in zip(results, own))
+        return results, tuple(0 if its_own else None for its_own in own)
+
+    return rule
+
+
 torch.library.register_fake("tilewise::forward", _forward_fake, lib=_library)
 torch.library.register_fake("tilewise::backward", _backward_fake, lib=_library)
+if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, every call goes one by one
+    torch.library.register_vmap("tilewise::forward", _mapped(_forward, 3), lib=_library)
+    torch.library.register_vmap("tilewise::backward", _mapped(_backward, 7), lib=_library)
 
 
 # --- scaled_dot_product_attention ---

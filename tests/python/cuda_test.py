@@ -204,6 +204,20 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tilewise.backward.default, (torch.ones_like(o), torch.ones_like(lse), q, k, v, o, lse, *options))
 
 
+def test_vmap_and_batched_gradients_equal_calls_one_by_one():
+    q, k, v = (x.detach()[:, None] for x in inputs(batch=3))
+    attend = lambda q, k, v: attention(q, k, v, causal=True)  # noqa: E731
+    each = torch.stack([attend(*one) for one in zip(q, k, v)])
+    assert torch.equal(torch.func.vmap(attend)(q, k, v), each)
+    q, k, v = inputs(batch=1)
+    o = attend(q, k, v)
+    do = torch.stack([like(o, seed) for seed in (1, 2)])
+    together = torch.autograd.grad(o, (q, k, v), do, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        for batched, right in zip(together, torch.autograd.grad(o, (q, k, v), do[i], retain_graph=True)):
+            close(batched[i], right)
+
+
 def test_what_the_device_cannot_do_is_refused():
     q, k, v = inputs(grad=False)
     shifted = torch.cat([q, q], -1)[..., 1:65]

@@ -155,12 +155,16 @@ def test_greedy_generation_with_cache(family, side, monkeypatch):
     assert count.calls == 8 * eager.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("side", ["none", "right"])
-def test_the_models_mask_counts_where_a_layer_says_otherwise(side):
+def test_the_models_mask_counts_where_a_layer_says_otherwise(side, compiled):
     """AIMv2's text layers say that they are not causal; their model hands them a causal mask, or none at all."""
     options = dict(COMMON, max_position_embeddings=32, eos_token_id=1, attention_dropout=0.0)
     del options["pad_token_id"]
     eager, ours = pair_of("Aimv2TextConfig", "Aimv2TextModel", options)
+    if compiled:
+        torch.compiler.reset()
+        ours = torch.compile(ours, backend="eager")
     ids, keep = batch_of(side)
     with torch.no_grad():
         expected, got = (model(input_ids=ids, attention_mask=keep).last_hidden_state for model in (eager, ours))
@@ -169,15 +173,21 @@ def test_the_models_mask_counts_where_a_layer_says_otherwise(side):
     torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("may_skip", [False, True])
-def test_a_mask_is_left_out_only_where_that_is_allowed(compiling, may_skip):
+def test_a_mask_without_padding_is_a_shape():
     from transformers.masking_utils import causal_mask_function
 
-    options = dict(kv_length=5, q_length=5, mask_function=causal_mask_function, allow_is_causal_skip=may_skip)
-    mask = tilewise.hf._mask(2, compiling=compiling, **options)
-    assert (mask is None) == (compiling and may_skip)
-    assert mask is None or mask.shape == (2, 5) and mask._tilewise_band == (-1, 0)
+    queries = {"q_length": 5, "q_offset": 0} if VERSION >= (5, 0) else {"cache_position": torch.arange(5)}
+    options = dict(kv_length=5, mask_function=causal_mask_function, **queries)
+    mask = tilewise.hf.mask(2, **options)
+    assert mask.shape == (0, 0, 5, 0, 1)
+    assert tilewise.hf.mask(2, allow_is_causal_skip=False, **options).shape == (2, 1, 5, 5)  # the model joins it to another
+    q, k, v = (torch.randn(2, 4, length, 8) for length in (5, 5, 5))
+    expected = tilewise.torch.attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+    assert torch.equal(tilewise.hf.attention(None, q, k, v, mask, is_causal=False)[0], expected)
+    longer = torch.randn(2, 4, 7, 8)
+    for other in (mask, mask.new_ones(2, 5), mask.new_ones(2, 1, 5, 5)):
+        with pytest.raises(ValueError, match="(there are|and) 7"):
+            tilewise.hf.attention(None, q, longer, longer, other)
 
 
 def test_inference_mode():
@@ -265,6 +275,18 @@ def test_a_mask_of_its_own_is_used_or_refused():
             ours(input_ids=ids, attention_mask=prefix)
         with pytest.raises(NotImplementedError, match="more than padding"):
             ours(input_ids=ids, attention_mask=torch.where(causal, 0.25, torch.finfo(torch.float32).min))
+
+
+@pytest.mark.parametrize("says_causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_of_four_dimensions_counts_more_than_the_layer(causal, says_causal):
+    """LayoutLM's encoder leaves it to the mask that it is not causal."""
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    keep = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    mask = keep[:, None, None] & torch.ones(5, 5).tril().bool() if causal else keep[:, None, None]
+    o, _ = tilewise.hf.attention(None, q, k, v, mask, is_causal=says_causal)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(o[keep], expected[keep])
 
 
 def test_what_is_not_there_is_refused():

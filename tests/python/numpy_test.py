@@ -183,6 +183,10 @@ def test_errors_name_argument_value_and_rule():
         (NotImplementedError, "head_dim 600 is above 512", lambda: tilewise.attention(*[np.zeros((1, 2, 1, 600), np.float32)] * 3)),
         (RuntimeError, "CUDA device 99 is not there", lambda: tilewise.Device.cuda(99)),
         (ValueError, "token 'q' is none of", lambda: tilewise.explain("q d64")),
+        (TypeError, "problem 4096 is not a string", lambda: tilewise.explain(4096)),
+        (TypeError, "device 'cpu' is not a tilewise.Device", lambda: tilewise.explain("q8 d64", "cpu")),
+        (TypeError, "lengths_q 'ab' is not a sequence", lambda: tilewise.explain("q8 d64", lengths_q="ab")),
+        (TypeError, "v is None", lambda: tilewise.attention(q, k, None)),
     ):
         with pytest.raises(error, match=sentence):
             call()

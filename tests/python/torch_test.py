@@ -184,12 +184,28 @@ def test_errors_name_argument_value_and_rule():
         (TypeError, r"seqused_k has dtype (torch\.)?int64", lambda: attention(q, k, v, seqused_k=torch.tensor([1, 2]))),
         (NotImplementedError, "head_dim 600 is above 512", lambda: attention(*[torch.zeros(1, 2, 1, 600)] * 3)),
         (NotImplementedError, "alibi_slopes requires a gradient", lambda: attention(q, k, v, alibi_slopes=torch.zeros(4, requires_grad=True))),
+        (ValueError, "max_seqlen_q 37 is given, but it is a bound of packed", lambda: attention(q, k, v, max_seqlen_q=37)),
+        (TypeError, "k is of type ndarray, not a PyTorch tensor", lambda: attention(q, k.numpy(), v)),
+        (TypeError, "v is None", lambda: attention(q, k, None)),
+        (TypeError, "sink is of type list", lambda: attention(q, k, v, sink=[0.0] * 4)),
+        (TypeError, r"q has dtype torch\.float8_e4m3fn", lambda: attention(q.to(torch.float8_e4m3fn), k, v)),
+        (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]]), k, v)),
+        (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]], layout=torch.jagged), k, v)),
+        (ValueError, r"alibi_slopes has shape \[0\]", lambda: attention(q, k, v, alibi_slopes=torch.zeros(0))),
+        (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
+    ):
+        with pytest.raises(error, match=sentence):
+            call()
+
+
+@pytest.mark.skipif(not tilewise.torch._DIRECT, reason="before 2.10 PyTorch's dispatcher reads numbers and flags, in its words")
+def test_errors_of_numbers_and_flags():
+    q, k, v = inputs(grad=False)
+    for error, sentence, call in (
         (TypeError, "softmax_scale 'small' is not a number", lambda: attention(q, k, v, softmax_scale="small")),
         (TypeError, r"softmax_scale tensor\(2.*is not a number", lambda: attention(q, k, v, softmax_scale=torch.tensor(2.0, requires_grad=True))),
         (TypeError, "max_seqlen_q 2.5 is not a whole number", lambda: attention(q, k, v, max_seqlen_q=2.5)),
-        (ValueError, "max_seqlen_q 37 is given, but it is a bound of packed", lambda: attention(q, k, v, max_seqlen_q=37)),
         (TypeError, "deterministic 'yes' is neither True nor False", lambda: attention(q, k, v, deterministic="yes")),
-        (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
     ):
         with pytest.raises(error, match=sentence):
             call()
@@ -245,7 +261,7 @@ def test_direct_calls_equal_the_dispatchers(monkeypatch):
         return (o, lse, *torch.autograd.grad(o.square().sum() + lse.sum(), (q, k, v, sink)))
 
     direct = run()
-    monkeypatch.setattr(tilewise.torch, "_observed", lambda tensors: True)
+    monkeypatch.setattr(tilewise.torch, "_observed", lambda *tensors: True)
     assert all(torch.equal(a, b) for a, b in zip(direct, run()))
 
 
@@ -260,6 +276,11 @@ def test_tensors_that_are_not_plain():
 
     got = attention((-q).as_subclass(Mine), k, v)
     assert type(got) is Mine and torch.equal(got.as_subclass(torch.Tensor), right)
+    x = q.as_subclass(Mine).requires_grad_()
+    attention(x, k, v).sum().backward()
+    y = q.clone().requires_grad_()
+    attention(y, k, v).sum().backward()
+    assert torch.equal(x.grad.as_subclass(torch.Tensor), y.grad)
     with torch.inference_mode():
         assert torch.equal(attention(-q, k, v), right)
 
@@ -287,13 +308,54 @@ def test_torch_func():
         torch.testing.assert_close(got, expected)
     o, pull = vjp(lambda q: attention(q, k, v, causal=True), q)
     torch.testing.assert_close(pull(o.cos())[0], right[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vmap calls once for each element, and says so
-        each = vmap(grad(loss))(torch.stack([q, 2 * q]), torch.stack([k, k]), torch.stack([v, v]))
+    each = vmap(grad(loss))(torch.stack([q, 2 * q]), torch.stack([k, k]), torch.stack([v, v]))
     torch.testing.assert_close(each[0], right[0])
     assert not torch.equal(each[1], right[0])
     with pytest.raises(NotImplementedError, match="differentiated once"):
         grad(lambda q: grad(loss)(q, k, v).sum())(q)
+
+
+MAPS = {  # options of a call, dimensions of them that are mapped, and how often each kernel runs then
+    "plain": ({}, {}, 1),
+    "seqused_k": ({"seqused_k": torch.tensor([[7, 3], [1, 7], [0, 5]], dtype=torch.int32)}, {"seqused_k": 0}, 1),
+    "seqused_k_shared": ({"seqused_k": torch.tensor([7, 3], dtype=torch.int32)}, {}, 1),
+    "slopes": ({"alibi_slopes": torch.rand(4, 3)}, {"alibi_slopes": 1}, 1),
+    "slopes_shared": ({"alibi_slopes": torch.rand(4)}, {}, 1),
+    "slopes_of_each_sequence": ({"alibi_slopes": torch.rand(2, 3, 4)}, {"alibi_slopes": 1}, 1),
+    "slopes_of_each_sequence_shared": ({"alibi_slopes": torch.rand(2, 4)}, {}, 1),
+    "sink": ({"sink": torch.rand(3, 4)}, {"sink": 0}, 3),
+    "packed": ({name: torch.tensor([0, 4, 9], dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}, {}, 3),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="this PyTorch takes no rules for vmap")
+@pytest.mark.parametrize("shared_keys", [False, True])
+@pytest.mark.parametrize("name", MAPS)
+def test_vmap_folds_into_the_batch(name, shared_keys, monkeypatch):
+    options, mapped, times = MAPS[name]
+    shape = (3, 9) if name == "packed" else (3, 2, 9)
+    q, k, v = (torch.randn(*shape, heads, 8) for heads in (4, 2, 2))
+    k, v = (k[0], v[0]) if shared_keys else (k, v)
+    names, dims = list(options), (0, *(None if shared_keys else 0,) * 2, *(mapped.get(name) for name in options))
+
+    def gradients(*tensors):
+        def loss(q, k, v):
+            o, lse = attention(q, k, v, causal=True, return_lse=True, **dict(zip(names, tensors[3:])))
+            return o.sin().sum() + lse.sum(), o
+
+        return torch.func.grad(loss, argnums=(0, 1, 2), has_aux=True)(*tensors[:3])
+
+    calls = []
+    call = tilewise.torch._core.Call
+    tensors = (q, k, v, *options.values())
+    each = [gradients(*(x if dim is None else x.select(dim, i).contiguous() for x, dim in zip(tensors, dims))) for i in range(3)]
+    monkeypatch.setattr(tilewise.torch._core, "Call", lambda *args: (calls.append(args), call(*args))[1])
+    got = torch.func.vmap(gradients, in_dims=dims)(*tensors)
+    assert len(calls) == 2 * times
+    for i, (one, o) in enumerate(each):
+        torch.testing.assert_close(got[1][i], o)
+        for a, b in zip(got[0], one):
+            torch.testing.assert_close(a[i], b)
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch cannot take SDPA implementations")
@@ -364,7 +426,7 @@ def test_rows_of_no_sequence_are_zero(monkeypatch):
 
 def test_meta_beside_real_tensors_is_refused():
     q = torch.randn(1, 5, 2, 8)
-    with pytest.raises(ValueError, match="k is on device meta, which is neither a CPU nor CUDA"):
+    with pytest.raises(ValueError, match="is on device meta"):
         attention(q, q.to("meta"), q)
     with pytest.raises(ValueError, match="is on device meta, but q is on cpu"):
         torch.ops.tilewise.forward(q, q.to("meta"), q, None, None, None, None, None, None, 0.0, -1, -1, False, 0, 0, False)
