@@ -56,7 +56,7 @@ struct BackwardShared {
   }
 };
 
-// One thread: the block of keys, then every tile of queries with its rows.
+// One thread: the block of keys, then every step's queries with their rows.
 template <BackwardConfig C>
 struct Loader {
   const BackwardParams& params;

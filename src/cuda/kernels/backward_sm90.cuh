@@ -1,7 +1,7 @@
 // Exact attention backward on Hopper: a block of keys with its dk and dv stays on an SM while the queries that see it pass by. Read from
 // top to bottom, it is in the order of events.
 //
-// A CTA owns 64 keys per main warpgroup of one key/value head and walks over tiles of 64 queries of every query head of the group:
+// A CTA owns 64 keys per main warpgroup of one key/value head and walks in steps over the queries of every query head of the group:
 //   S^T = K Q^T      P^T = 2^(S^T - lse)         dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T (dP^T - delta)   dK += dS^T Q     dQ += dS K
 // Main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
@@ -36,7 +36,7 @@ struct KeyGradients {
   static constexpr int kColumns = C.split ? C.head_dim / 2 : C.head_dim;
   const int first_column = C.split ? part * kColumns : 0;
   float dk[kColumns / 2], dv[kColumns / 2];
-  tile::Cycle<C.stages> rows;  // the present tile of queries
+  tile::Cycle<C.stages> rows;  // of the present step
   tile::Ring<kSlots> slot;     // where its ds goes
 
   __device__ __forceinline__ void issue_scores() {
@@ -189,7 +189,7 @@ struct KeyGradients {
     slot.advance();
   }
 
-  // Hands back tiles of queries that these keys do not see.
+  // Hands back steps that these keys do not see.
   __device__ __forceinline__ void skip(int count) {
 #pragma unroll 1
     for (; count > 0; --count, rows.advance()) {
@@ -199,7 +199,7 @@ struct KeyGradients {
     }
   }
 
-  // sum += x^T times this warpgroup's columns of a tile of queries.
+  // sum += x^T times this warpgroup's columns of a step's queries.
   template <class T>
   __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
     ptx::wgmma_fence();
@@ -208,6 +208,7 @@ struct KeyGradients {
     for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
     ptx::wgmma_commit();
   }
+
   // s of a step has been issued: it becomes p, issued with do to dv, and dp - delta. Registers are few: dp takes the place of s.
   __device__ __forceinline__ void differences(int head, int m, bool first, bool edge) {
     read_rows(0);
@@ -231,7 +232,7 @@ struct KeyGradients {
     tile::hold(p);
   }
 
-  // The steps of one head that these keys see.
+  // The steps of one head that these keys see. The loop turns where no product is in flight, or ptxas serialises all of them.
   __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
     const auto at_edge = [&](int m) { return m < full_begin || m >= full_end; };
     shared.q_full[rows.stage].wait(rows.parity);

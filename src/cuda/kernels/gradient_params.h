@@ -23,8 +23,8 @@ struct BackwardConfig {
   int dq_columns;                    // columns of dq that are multiplied at once
   bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
   int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
-  int pace = 0;                      // clocks between additions to dq, so that they do not block everyone's way to shared memory
-  bool modified = false;             // softcap or ALiBi
+  int pace = 0;           // clocks between additions to dq (0: no pause), so that they do not block everyone's way to shared memory
+  bool modified = false;  // softcap or ALiBi
   TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
   TW_HD constexpr int tiles() const { return block_m / kBlockM; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }

@@ -81,7 +81,7 @@ __device__ __forceinline__ void add_release(int* to, int value) {
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Lets this many clocks pass.
+// Lets at least this many clocks pass, 1 or more. To read the clock and compare takes some tens by itself.
 template <int kClocks>
 __device__ __forceinline__ void pause() {
   const auto begin = static_cast<unsigned>(clock());
