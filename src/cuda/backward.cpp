@@ -46,12 +46,13 @@ struct Counts {
 };
 
 struct Workspace {
-  size_t rows, dsink_sum, turn, bytes;  // dq_sum comes first
+  size_t rows, addends, dsink_sum, turn, bytes;  // dq_sum comes first
   Workspace(const Problem& p, const BackwardConfig& c) {
     const auto count = static_cast<size_t>(Counts(p, c).row_ctas);
     const auto aligned = [](size_t bytes_) { return round_up(bytes_, size_t{256}); };
     rows = aligned(count * kBlockM * static_cast<size_t>(c.head_dim) * sizeof(float));
-    dsink_sum = rows + aligned(count * kRowFloats * sizeof(float));
+    addends = rows + aligned(c.addends ? 0 : count * kRowFloats * sizeof(float));
+    dsink_sum = addends + aligned(c.addends ? count * kAddendBytes : 0);
     turn = dsink_sum + aligned(count * sizeof(float));
     bytes = turn + aligned(count * sizeof(int));
   }
@@ -151,7 +152,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.head_dim = static_cast<int>(p.head_dim);
   r.head_dim_v = static_cast<int>(p.head_dim_v);
   r.scale = p.scale();
-  r.scale_log2 = r.scale * kLog2e;
+  r.scale_log2 = r.scale == 0 ? 1e-30F : r.scale * kLog2e;
   r.softcap_log2 = p.softcap * kLog2e;
   r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
   r.top_left = p.alignment == Alignment::kTopLeft;
@@ -163,6 +164,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   const Workspace at(p, c);
   r.dq_sum = reinterpret_cast<float*>(workspace);
   r.rows = reinterpret_cast<float*>(workspace + at.rows);
+  r.addends = c.addends ? reinterpret_cast<unsigned char*>(workspace + at.addends) : nullptr;
   r.dsink_sum = reinterpret_cast<float*>(workspace + at.dsink_sum);
   r.turn = reinterpret_cast<int*>(workspace + at.turn);
 

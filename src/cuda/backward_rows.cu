@@ -12,6 +12,7 @@ struct Row {
     BackwardConfig config = Shape::kShape;
     config.element = kElement;
     config.modified = kModified;
+    if (kModified) config.addends = false;  // the cap comes between
     return config;
   }
   static constexpr BackwardConfig kConfig = make();

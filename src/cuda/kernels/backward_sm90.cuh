@@ -38,9 +38,16 @@ struct KeyGradients {
   tile::Cycle<C.stages> rows;  // the present tile of queries
   tile::Ring<kSlots> slot;     // where its ds goes
 
+  // s += -lse / scale or -delta of each query.
+  __device__ __forceinline__ void add_rows(int which) {
+    if constexpr (C.addends)
+      ptx::Wgmma<ptx::Element::kBFloat16, kBlockM>::template ss<ptx::kNarrowRepeated, ptx::kNarrow>(
+          s, tile::operand(shared.select[which], 16), tile::operand(shared.rows[rows.stage], 16), 1);
+  }
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
     tile::multiply_scores<C.element, C.head_dim, kBlockM>(s, shared.k[keys], shared.q[rows.stage], 0);
+    add_rows(0);
     ptx::wgmma_commit();
   }
   // In the place of s.
@@ -48,6 +55,7 @@ struct KeyGradients {
     shared.do_full[rows.stage].wait(rows.parity);
     ptx::wgmma_fence();
     tile::multiply_scores<C.element, C.head_dim_v, kBlockM>(s, shared.v[keys], shared.do_[rows.stage], 0);
+    add_rows(1);
     ptx::wgmma_commit();
   }
 
@@ -76,7 +84,7 @@ struct KeyGradients {
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float4 four = row_values(0, j);
+      const float4 four = C.addends ? float4{} : row_values(0, j);
       const float lse[4] = {four.x, four.y, four.z, four.w};
       float slopes[8];
 #pragma unroll
@@ -102,7 +110,7 @@ struct KeyGradients {
   }
   // What is known of this thread's queries in columns 16 j to 16 j + 15 of the tile: -lse or -delta.
   __device__ __forceinline__ float4 row_values(int which, int j) const {
-    return reinterpret_cast<const float4*>(shared.rows[rows.stage] + which * kBlockM)[4 * j + threadIdx.x % 4];
+    return reinterpret_cast<const float4*>(shared.rows[rows.stage] + which * kBlockM * 4)[4 * j + threadIdx.x % 4];
   }
   // Element i of two in a register.
   static __device__ __forceinline__ float half_of(uint32_t x, int i) {
@@ -207,7 +215,7 @@ struct KeyGradients {
       add_product(dv, p, shared.do_[rows.stage]);
       ptx::wgmma_wait<1>();  // dP
       tile::hold(s);
-      subtract_delta(s);
+      if constexpr (!C.addends) subtract_delta(s);
       if (edge) mask(s, m);  // 0 times what is not finite
       pack(s, rounded);
       if constexpr (kPairs) tile::hold(rounded);  // before the wait
@@ -277,6 +285,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
   shared.clear_columns(params.head_dim, params.head_dim_v);
+  if constexpr (C.addends) shared.init_select();
   if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
   __syncthreads();
   ptx::launch_dependents();

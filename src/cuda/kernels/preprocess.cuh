@@ -5,6 +5,7 @@
 #include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/fragment.cuh"
+#include "cuda/tile/shared.cuh"
 #include "cuda/tile/store_row.cuh"
 
 namespace tilewise {
@@ -21,8 +22,25 @@ __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
   return {place.batch, head, place.block};
 }
 
+// Three bfloat16 whose sum is x to 24 bits, and zeros. Finite, since they are multiplied by 0 too.
+__device__ __forceinline__ uint4 split(float x) {
+  constexpr auto kElement = ptx::Element::kBFloat16;
+  x = fminf(fmaxf(x, -3e38F), 3e38F);
+  const uint32_t high = ptx::pack<kElement>(x, 0);
+  x -= ptx::to_float<kElement>(static_cast<uint16_t>(high));
+  const uint32_t middle = ptx::pack<kElement>(x, 0);
+  x -= ptx::to_float<kElement>(static_cast<uint16_t>(middle));
+  return make_uint4(high | middle << 16, ptx::pack<kElement>(x, 0), 0, 0);
+}
+
 // What the backward kernel needs of a row of a tile.
 __device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta) {
+  if (p.addends) {
+    unsigned char* addends = p.addends + tile * kAddendBytes;
+    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 0)) = split(lse / p.scale_log2);
+    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 1)) = split(delta);
+    return;
+  }
   float* rows = p.rows + tile * kRowFloats + row_place(row);
   rows[0] = lse;
   rows[kBlockM] = delta;

@@ -81,6 +81,14 @@ __device__ __forceinline__ void add_release(int* to, int value) {
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// Lets this many clocks pass.
+template <int kClocks>
+__device__ __forceinline__ void pause() {
+  const auto begin = static_cast<unsigned>(clock());
+  while (static_cast<unsigned>(clock()) - begin < kClocks) {
+  }
+}
+
 // The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
