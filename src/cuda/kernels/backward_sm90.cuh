@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   extern __shared__ __align__(1024) unsigned char memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
-  shared.clear_columns(params.head_dim, params.head_dim_v);
+  if (params.head_dim < C.head_dim || params.head_dim_v < C.head_dim_v) shared.clear_columns(params.head_dim, params.head_dim_v);
   if constexpr (C.addends) shared.init_select();
   if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
   __syncthreads();

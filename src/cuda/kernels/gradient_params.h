@@ -50,13 +50,13 @@ struct BackwardParams {
   bool top_left, deterministic;
   int q_tiles, k_blocks;  // of one head: tiles of rows and blocks of keys, packed: bounds; not packed: of one sequence
   // Workspace. A head's tiles: those of sequence b begin at first_tile(). Everything is written by the preprocess kernel.
-  long long tiles;   // of one head in the workspace
-  float* dq_sum;     // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
-  float* rows;       // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
+  long long tiles;         // of one head in the workspace
+  float* dq_sum;           // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
+  float* rows;             // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
   unsigned char* addends;  // [head][tile][64] rows of 16 bfloat16: three whose sum is -lse / scale, and from column 8 on three for -delta;
                            // or null, where rows are used
-  float* dsink_sum;  // [head][tile]
-  int* turn;         // [head][tile]: how many blocks of keys have added to dq, where their order matters
+  float* dsink_sum;        // [head][tile]
+  int* turn;               // [head][tile]: how many blocks of keys have added to dq, where their order matters
 };
 
 // The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.

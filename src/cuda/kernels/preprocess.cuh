@@ -10,12 +10,13 @@
 
 namespace tilewise {
 
-// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences.
+// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences, and all of that backwards: what the next kernel begins with is
+// then still in L2.
 struct RowTile {
   int batch, head, tile;
 };
 __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
-  const auto index = static_cast<int>(blockIdx.x);
+  const int index = static_cast<int>(p.num_heads * p.tiles) - 1 - static_cast<int>(blockIdx.x);
   const int head = index / p.q_tiles, tile = index % p.q_tiles;
   if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
   const Place place = find_place(p.cu_seqlens_q, p.batch, kBlockM, tile);

@@ -74,15 +74,15 @@ struct Wgmma;
     template <uint32_t kA = kSwizzled, uint32_t kB = kSwizzled>                                               \
     static __device__ __forceinline__ void ss(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {        \
       if constexpr (kElement == Element::kBFloat16)                                                           \
-        TW_SS(n, "bf16", 0, kA, kB, r, r0, r1, r2, r3, r4);                                                               \
+        TW_SS(n, "bf16", 0, kA, kB, r, r0, r1, r2, r3, r4);                                                   \
       else                                                                                                    \
-        TW_SS(n, "f16", 0, kA, kB, r, r0, r1, r2, r3, r4);                                                                \
+        TW_SS(n, "f16", 0, kA, kB, r, r0, r1, r2, r3, r4);                                                    \
     }                                                                                                         \
     static __device__ __forceinline__ void st(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {        \
       if constexpr (kElement == Element::kBFloat16)                                                           \
-        TW_SS(n, "bf16", 1, kSwizzled, kSwizzled, r, r0, r1, r2, r3, r4);                                                               \
+        TW_SS(n, "bf16", 1, kSwizzled, kSwizzled, r, r0, r1, r2, r3, r4);                                     \
       else                                                                                                    \
-        TW_SS(n, "f16", 1, kSwizzled, kSwizzled, r, r0, r1, r2, r3, r4);                                                                \
+        TW_SS(n, "f16", 1, kSwizzled, kSwizzled, r, r0, r1, r2, r3, r4);                                      \
     }                                                                                                         \
     static __device__ __forceinline__ void rs(float (&d)[r], const uint32_t* a, uint32_t b, int accumulate) { \
       if constexpr (kElement == Element::kBFloat16)                                                           \
