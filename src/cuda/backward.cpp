@@ -32,11 +32,11 @@ std::string name_of(const BackwardConfig& c) {
   return c.modified ? name + "_modified" : name;
 }
 
-// CTAs of a run. Packed: bounds, since a sequence has at most one tile or block that is not full.
+// CTAs of a run. Packed: bounds, since a sequence has at most one step or block that is not full.
 struct Counts {
   int64_t q_tiles, k_blocks, tiles, row_ctas, key_ctas;
   Counts(const Problem& p, const BackwardConfig& c) {
-    q_tiles = p.packed ? p.total_q / kBlockM + p.batch : ceil_div<int64_t>(p.seqlen_q, kBlockM);
+    q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
     k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
     const int64_t sequences = p.packed ? 1 : p.batch;
     tiles = sequences * q_tiles;
@@ -113,14 +113,14 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
     return status;
 
   BackwardParams r{};
-  const auto map = [&](const TensorView& view, CUtensorMap& to) { return make_tensor_map(map_source(view, bfloat16), kBlockM, to); };
+  const auto map = [&](const TensorView& view, int rows, CUtensorMap& to) { return make_tensor_map(map_source(view, bfloat16), rows, to); };
   if (counts.row_ctas > 0) {
-    if (Status status = map(a.q, r.q_map); !status.ok()) return status;
-    if (Status status = map(a.do_, r.do_map); !status.ok()) return status;
+    if (Status status = map(a.q, c.block_m, r.q_map); !status.ok()) return status;
+    if (Status status = map(a.do_, c.block_m, r.do_map); !status.ok()) return status;
   }
   if (counts.key_ctas > 0 && a.k.shape[a.k.rank - 3] > 0) {
-    if (Status status = map(a.k, r.k_map); !status.ok()) return status;
-    if (Status status = map(a.v, r.v_map); !status.ok()) return status;
+    if (Status status = map(a.k, 64, r.k_map); !status.ok()) return status;
+    if (Status status = map(a.v, 64, r.v_map); !status.ok()) return status;
   }
   const auto strides = [](const TensorView& t, long long& batch, long long& head) {
     batch = t.rank == 3 ? t.stride[0] : 0;
@@ -157,6 +157,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
   r.top_left = p.alignment == Alignment::kTopLeft;
   r.deterministic = p.deterministic;
+  r.block_m = c.block_m;
   r.q_tiles = static_cast<int>(counts.q_tiles);
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.tiles = counts.tiles;
@@ -189,7 +190,7 @@ Kernel kernel() {
       .tile_plan =
           [](const Problem&, const Device& device) {
             const BackwardRow& row = table()[kIndex];
-            return TilePlan{kBlockM, row.config.block_n(), static_cast<int64_t>(row.shared_bytes), device.units};
+            return TilePlan{row.config.block_m, row.config.block_n(), static_cast<int64_t>(row.shared_bytes), device.units};
           },
       .workspace_bytes = [](const Problem& p, const Device&) { return Workspace(p, table()[kIndex].config).bytes; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,

@@ -19,13 +19,12 @@ struct BackwardShared {
   static constexpr int kRows = 64;
   tile::Tile<kRows, C.head_dim> k[C.key_tiles()];
   tile::Tile<kRows, C.head_dim_v> v[C.key_tiles()];
-  tile::Tile<kBlockM, C.head_dim> q[C.stages];
-  tile::Tile<kBlockM, C.head_dim_v> do_[C.stages];
-  tile::Tile<kBlockM, kRows> ds[kSlots][C.key_tiles()];                              // queries are rows, 64 keys columns
-  tile::Tile<C.split ? 8 : kBlockM, kRows> nothing;                                  // zeros, for keys that a tile of queries does not see
-  uint4 slopes[C.modified ? C.mains : 1][C.modified ? 4 : 1][C.modified ? 128 : 1];  // a thread's own: the softcap's derivatives
-  static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;
-  alignas(256) unsigned char rows[C.stages][kRowBytes];       // gradient_params.h
+  tile::Tile<C.block_m, C.head_dim> q[C.stages];
+  tile::Tile<C.block_m, C.head_dim_v> do_[C.stages];
+  tile::Tile<C.block_m, kRows> ds[kSlots][C.modified ? C.mains : C.key_tiles()];  // queries are rows, 64 keys columns
+  tile::Tile<C.split ? 8 : C.block_m, kRows> nothing;                             // zeros, for keys that a step's queries do not see
+  static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;     // of a tile
+  alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];               // gradient_params.h
   alignas(256) unsigned char select[C.addends ? 2 : 1][256];  // 8 rows with 1 for lse's columns of the addends, and for delta's
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
@@ -87,7 +86,7 @@ struct Loader {
   __device__ __forceinline__ void load_queries() {
     const Trimmed& part = shared.work.part;
     const int batch = params.cu_seqlens_q ? 0 : shared.work.batch;
-    const int row = m * kBlockM, q_head = shared.work.head * params.group + head;
+    const int row = m * C.block_m, q_head = shared.work.head * params.group + head;
     const long long q_row = part.sequence.q_row + row;
     shared.q_empty[at.stage].wait(at.parity ^ 1);
     tile::load_rows(shared.q[at.stage], &params.q_map, shared.q_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch,
@@ -95,10 +94,10 @@ struct Loader {
     tile::load_rows(shared.do_[at.stage], &params.do_map, shared.do_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch,
                     params.head_dim_v);
     if (head == 0 && m == shared.work.all.begin) ptx::wait_for_previous();  // the rows come from the preprocess kernel
-    shared.q_full[at.stage].arrive_and_expect(shared.kRowBytes);
+    shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
     const auto* rows = C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows);
     ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
-                               rows + tile_index(params, shared.work, head, m) * shared.kRowBytes, shared.kRowBytes,
+                               rows + tile_index<C>(params, shared.work, head, m) * shared.kRowBytes, sizeof(shared.rows[at.stage]),
                                &shared.q_full[at.stage].state);
     at.advance();
     if (++m == shared.work.all.end) m = shared.work.all.begin, ++head;
@@ -113,7 +112,7 @@ struct Loader {
 // One warpgroup: dq of every tile.
 template <BackwardConfig C>
 struct QueryGradients {
-  static constexpr int kWidth = C.dq_columns, kThreads = 128;
+  static constexpr int kWidth = C.dq_columns, kPasses = C.head_dim / kWidth, kThreads = 128;
   const BackwardParams& params;
   BackwardShared<C>& shared;
   const int thread = static_cast<int>(threadIdx.x) % kThreads;
@@ -160,21 +159,22 @@ struct QueryGradients {
           if (m > begin || head > 0) end_turn(m > begin ? head : head - 1, m > begin ? m - 1 : end - 1);
           wait_for_turn(head, m);
         }
-        float* sum = params.dq_sum + tile_index(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
+        float* sum = params.dq_sum + tile_index<C>(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
 #pragma unroll
-        for (int columns = 0; columns < C.head_dim; columns += kWidth) {
+        for (int pass = 0; pass < C.tiles() * kPasses; ++pass) {
+          const int tile = pass / kPasses, columns = pass % kPasses * kWidth;
           float dq[kWidth / 2];
           ptx::wgmma_fence();
 #pragma unroll
           for (int step = 0; step < 4 * C.key_tiles(); ++step) {
             const auto& k = shared.k[step / 4];
             const uint32_t b = tile::operand(k.bytes, k.kPanelBytes) + ((columns / 64 * k.kPanelBytes + step % 4 * 2048) >> 4);
-            ptx::Wgmma<C.element, kWidth>::st(dq, a[step / 4] + ((step % 4 * 32) >> 4), b, step > 0);
+            ptx::Wgmma<C.element, kWidth>::st(dq, a[step / 4] + ((tile * kBlockM * 128 + step % 4 * 32) >> 4), b, step > 0);
           }
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
           tile::hold(dq);
-          if (columns + kWidth == C.head_dim)
+          if (pass + 1 == C.tiles() * kPasses)
 #pragma unroll
             for (int i = 0; i < C.key_tiles(); ++i) {
               shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && thread % 32 == 0);
@@ -182,7 +182,7 @@ struct QueryGradients {
             }
 #pragma unroll
           for (int j = 0; j < kWidth / 8; ++j) {
-            ptx::add_global(sum + (columns / 8 + j) * kThreads * 4, dq + 4 * j);
+            ptx::add_global(sum + (tile * C.head_dim / 8 + columns / 8 + j) * kThreads * 4, dq + 4 * j);
             if constexpr (C.pace > 0) ptx::pause<C.pace>();
           }
         }
@@ -194,12 +194,12 @@ struct QueryGradients {
   __device__ __forceinline__ void end_turn(int head, int m) {
     __threadfence();
     ptx::barrier_sync(1, kThreads);
-    if (thread == 0) ptx::add_release(params.turn + tile_index(params, shared.work, head, m), 1);
+    if (thread == 0) ptx::add_release(params.turn + tile_index<C>(params, shared.work, head, m), 1);
   }
   __device__ __forceinline__ void wait_for_turn(int head, int m) {
     if (thread == 0) {
-      const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_n());
-      while (ptx::load_acquire(params.turn + tile_index(params, shared.work, head, m)) != turn) __nanosleep(20);
+      const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_m, C.block_n());
+      while (ptx::load_acquire(params.turn + tile_index<C>(params, shared.work, head, m)) != turn) __nanosleep(20);
     }
     ptx::barrier_sync(1, kThreads);
   }

@@ -30,8 +30,9 @@ struct KeyGradients {
   const int keys = C.split ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
-  float s[32];  // 64 keys x 64 queries
-  uint32_t p[16];
+  static constexpr int kScores = C.block_m / 2;
+  float s[kScores];  // 64 keys x a step's queries
+  uint32_t p[kScores / 2], rounded[kScores / 2];
   static constexpr int kColumns = C.split ? C.head_dim / 2 : C.head_dim;
   const int first_column = C.split ? part * kColumns : 0;
   float dk[kColumns / 2], dv[kColumns / 2];
@@ -41,12 +42,12 @@ struct KeyGradients {
   // s += -lse / scale or -delta of each query.
   __device__ __forceinline__ void add_rows(int which) {
     if constexpr (C.addends)
-      ptx::Wgmma<ptx::Element::kBFloat16, kBlockM>::template ss<ptx::kNarrowRepeated, ptx::kNarrow>(
+      ptx::Wgmma<ptx::Element::kBFloat16, C.block_m>::template ss<ptx::kNarrowRepeated, ptx::kNarrow>(
           s, tile::operand(shared.select[which], 16), tile::operand(shared.rows[rows.stage], 16), 1);
   }
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim, kBlockM>(s, shared.k[keys], shared.q[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim, C.block_m>(s, shared.k[keys], shared.q[rows.stage], 0);
     add_rows(0);
     ptx::wgmma_commit();
   }
@@ -54,37 +55,43 @@ struct KeyGradients {
   __device__ __forceinline__ void issue_dp() {
     shared.do_full[rows.stage].wait(rows.parity);
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim_v, kBlockM>(s, shared.v[keys], shared.do_[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim_v, C.block_m>(s, shared.v[keys], shared.do_[rows.stage], 0);
     add_rows(1);
     ptx::wgmma_commit();
   }
 
   // Pairs of a block at the edge that are not visible become 0.
-  __device__ __forceinline__ void mask(float (&x)[32], int m) {
+  __device__ __forceinline__ void mask(float (&x)[kScores], int m) {
     const Band& band = shared.work.part.band;
-    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row, query = m * kBlockM + tile::this_lane().column;
-    int begin[2], end[2];
+    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row, query = m * C.block_m + tile::this_lane().column;
+    // Of this thread's queries, two in every 8, those before one, as bits.
+    const auto before = [&](int end) {
+      const int c = min_of(max_of(end - query, 0), C.block_m), count = c / 8 * 2 + min_of(c % 8, 2);
+      return count >= 32 ? 0xffffffffu : (1u << count) - 1;
+    };
+    static_assert(kScores <= 64);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      begin[r] = first_query(band, key + 8 * r) - query;
-      end[r] = key + 8 * r < band.seqlen_k ? end_query(band, key + 8 * r) - query : -kUnbounded;
-    }
+      const int row = key + 8 * r;
+      const uint32_t seen = row < band.seqlen_k ? before(end_query(band, row)) & ~before(first_query(band, row)) : 0;
 #pragma unroll
-    for (int i = 0; i < 32; ++i)
-      if (tile::column_of(i) < begin[tile::row_of(i)] || tile::column_of(i) >= end[tile::row_of(i)]) x[i] = 0;
+      for (int i = 0; i < kScores; ++i)
+        if (tile::row_of(i) == r && !(seen >> (i / 4 * 2 + i % 2) & 1)) x[i] = 0;
+    }
   }
 
   // s becomes p in float32.
   __device__ __forceinline__ void probabilities(int head, int m, bool edge) {
     float slope = 0, distance = 0;
     if constexpr (C.modified) {
+      wait_for_slot();
       slope = params.alibi_slopes ? params.alibi_slopes[shared.work.batch * params.alibi_batch + head] * kLog2e : 0;
-      distance = static_cast<float>(shared.work.n_begin + 64 * keys + tile::this_lane().row - (m * kBlockM + tile::this_lane().column) -
+      distance = static_cast<float>(shared.work.n_begin + 64 * keys + tile::this_lane().row - (m * C.block_m + tile::this_lane().column) -
                                     shared.work.part.band.offset);
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float4 four = C.addends ? float4{} : row_values(0, j);
+    for (int j = 0; j < kScores / 8; ++j) {
+      const float4 four = C.addends ? float4{} : kAhead ? ahead[j] : row_values(0, j);
       const float lse[4] = {four.x, four.y, four.z, four.w};
       float slopes[8];
 #pragma unroll
@@ -108,19 +115,28 @@ struct KeyGradients {
     }
     if (edge) mask(s, m);
   }
-  // What is known of this thread's queries in columns 16 j to 16 j + 15 of the tile: -lse or -delta.
+  // What is known of this thread's queries in columns 16 j to 16 j + 15 of the step: -lse or -delta.
   __device__ __forceinline__ float4 row_values(int which, int j) const {
-    return reinterpret_cast<const float4*>(shared.rows[rows.stage] + which * kBlockM * 4)[4 * j + threadIdx.x % 4];
+    return reinterpret_cast<const float4*>(
+        shared.rows[rows.stage])[j / 4 * (kRowFloats / 4) + which * (kBlockM / 4) + j % 4 * 4 + threadIdx.x % 4];
+  }
+  // All of it, before a wait that it can be read during; modified rows lack the registers.
+  static constexpr bool kAhead = !C.modified && !C.addends;
+  float4 ahead[kScores / 8];
+  __device__ __forceinline__ void read_rows(int which) {
+    if constexpr (kAhead)
+#pragma unroll
+      for (int j = 0; j < kScores / 8; ++j) ahead[j] = row_values(which, j);
   }
   // Element i of two in a register.
   static __device__ __forceinline__ float half_of(uint32_t x, int i) {
     return ptx::to_float<C.element>(static_cast<uint16_t>(i % 2 ? x >> 16 : x));
   }
   // dp becomes the gradient of a score over its p: dp - delta, times the softcap's derivative.
-  __device__ __forceinline__ void subtract_delta(float (&dp)[32]) {
+  __device__ __forceinline__ void subtract_delta(float (&dp)[kScores]) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float4 four = row_values(1, j);
+    for (int j = 0; j < kScores / 8; ++j) {
+      const float4 four = kAhead ? ahead[j] : row_values(1, j);
       const float delta[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int n = 0; n < 8; ++n) dp[8 * j + n] += delta[n / 4 * 2 + n % 2];
@@ -132,21 +148,32 @@ struct KeyGradients {
       }
     }
   }
-  static __device__ __forceinline__ void pack(const float (&x)[32], uint32_t (&to)[16]) {
+  static __device__ __forceinline__ void pack(const float (&x)[kScores], uint32_t (&to)[kScores / 2]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) to[i] = ptx::pack<C.element>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < kScores / 2; ++i) to[i] = ptx::pack<C.element>(x[2 * i], x[2 * i + 1]);
   }
 
-  // The softcap's derivatives wait in shared memory for dp, for want of registers.
-  __device__ __forceinline__ uint4& my_slopes(int i) { return shared.slopes[part][i][threadIdx.x % 128]; }
+  // Of the slot for ds each warp has its 16 keys, two of the eight units of 16 bytes in every query's row.
+  __device__ __forceinline__ void wait_for_slot() {
+    if (!C.split || part == 0) shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1);
+  }
+  __device__ __forceinline__ unsigned char* my_bytes(int row, int unit) {
+    auto& tile = shared.ds[slot.stage()][C.split ? part : keys];
+    return tile.bytes + tile.offset(row, static_cast<int>(threadIdx.x) / 32 % 4 * 2 + unit);
+  }
+  // There the softcap's derivatives of 16 queries wait for dp, for want of registers.
+  __device__ __forceinline__ uint4& my_slopes(int j) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return *reinterpret_cast<uint4*>(my_bytes(16 * j + lane / 2, lane % 2));
+  }
 
   // ds = p (dp - delta), packed, in the place of p; dp holds the difference. In bfloat16 the difference is rounded before it is multiplied,
   // as standard attention rounds dp, and pairs are multiplied at once: a third of the instructions. A float16 could overflow; modified rows
   // lack the registers.
   static constexpr bool kPairs = C.element == ptx::Element::kBFloat16 && !C.modified;
-  __device__ __forceinline__ void score_gradients(const float (&dp)[32], const uint32_t (&rounded)[16]) {
+  __device__ __forceinline__ void score_gradients(const float (&dp)[kScores], const uint32_t (&rounded)[kScores / 2]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kScores / 2; ++i) {
       if constexpr (kPairs)
         p[i] = ptx::multiply_bf16(p[i], rounded[i]);
       else
@@ -154,15 +181,21 @@ struct KeyGradients {
     }
   }
 
-  // Waits for a free slot and writes ds there, with queries as rows.
+  // Writes ds into the slot, with queries as rows, and lets the dq warpgroup have it.
   __device__ __forceinline__ void store_ds() {
     if (C.split && part > 0) return;  // has the same
-    shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1);
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4, row = lane % 8;
-    const auto tile = static_cast<uint32_t>(__cvta_generic_to_shared(shared.ds[slot.stage()][keys].bytes));
-    const uint32_t at = tile + (lane / 16 * 8 + row) * 128 + ((2 * warp + lane / 8 % 2) ^ row) * 16;
+    if constexpr (C.modified)
+      __syncwarp();  // all have read their slopes
+    else
+      wait_for_slot();  // else it was before the slopes
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(my_bytes(lane / 16 * 8 + lane % 8, lane / 8 % 2)));
 #pragma unroll
-    for (int step = 0; step < 4; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
+    for (int step = 0; step < C.block_m / 16; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    __syncwarp();
+    shared.ds_full[slot.stage()][keys].arrive_if(leader);
+    slot.advance();
   }
 
   // Hands back tiles of queries that these keys do not see.
@@ -175,63 +208,63 @@ struct KeyGradients {
     }
   }
 
-  __device__ __forceinline__ bool at_edge(const BlockRange& range, int m) {
-    return m < range.full_begin || m >= range.full_end || shared.work.n_begin + 64 * keys + 64 > shared.work.part.band.seqlen_k;
-  }
   // sum += x^T times this warpgroup's columns of a tile of queries.
   template <class T>
-  __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[16], const T& queries) {
+  __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
     ptx::wgmma_fence();
     const uint32_t b = tile::operand(queries.bytes, T::kPanelBytes) + (C.split ? (first_column / 64 * T::kPanelBytes) >> 4 : 0);
 #pragma unroll
-    for (int step = 0; step < kBlockM / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
+    for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
     ptx::wgmma_commit();
   }
-  // ds is in its slot: lets the dq warpgroup have it.
-  __device__ __forceinline__ void pass_ds() {
-    if (C.split && part > 0) return;
-    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    __syncwarp();
-    shared.ds_full[slot.stage()][keys].arrive_if(leader);
-    slot.advance();
+  // s of a step has been issued: it becomes p, issued with do to dv, and dp - delta. Registers are few: dp takes the place of s.
+  __device__ __forceinline__ void differences(int head, int m, bool first, bool edge) {
+    read_rows(0);
+    ptx::wgmma_wait<1>();  // S
+    tile::hold(s);
+    probabilities(head, m, edge);
+    ptx::wgmma_wait<0>();  // dK of the step before
+    tile::hold(p);
+    if (!first) shared.q_empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader);
+    pack(s, p);
+    issue_dp();
+    add_product(dv, p, shared.do_[rows.stage]);
+    read_rows(1);
+    ptx::wgmma_wait<1>();  // dP
+    tile::hold(s);
+    if constexpr (!C.addends) subtract_delta(s);
+    if (edge) mask(s, m);  // 0 times what is not finite
+    pack(s, rounded);
+    if constexpr (kPairs) tile::hold(rounded);  // before the wait
+    ptx::wgmma_wait<0>();                       // dV
+    tile::hold(p);
   }
 
-  // The tiles of one head that these keys see. Registers are few: dp takes the place of s, ds that of p.
-  __device__ __forceinline__ void run_head(int head, const BlockRange& range, int begin, int end) {
-    uint32_t rounded[16];
+  // Whether ds is stored before the next scores are issued: with two stages those queries come late; with addends it is untried otherwise.
+  static constexpr bool kStoreFirst = C.split || C.addends;
+  // The steps of one head that these keys see.
+  __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
+    const auto at_edge = [&](int m) { return m < full_begin || m >= full_end; };
     shared.q_full[rows.stage].wait(rows.parity);
     issue_scores();
     ptx::wgmma_wait<0>();  // from here on a product of dk is behind the scores
-    for (int m = begin;; ++m) {
-      const bool edge = at_edge(range, m);
-      ptx::wgmma_wait<1>();  // S
-      tile::hold(s);
-      probabilities(head, m, edge);
-      ptx::wgmma_wait<0>();  // dK of the tile before
-      tile::hold(p);
-      if (m > begin) shared.q_empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader);
-      pack(s, p);
-      issue_dp();
-      add_product(dv, p, shared.do_[rows.stage]);
-      ptx::wgmma_wait<1>();  // dP
-      tile::hold(s);
-      if constexpr (!C.addends) subtract_delta(s);
-      if (edge) mask(s, m);  // 0 times what is not finite
-      pack(s, rounded);
-      if constexpr (kPairs) tile::hold(rounded);  // before the wait
-      ptx::wgmma_wait<0>();                       // dV
-      tile::hold(p);
+    differences(head, begin, true, at_edge(begin));
+#pragma unroll 1
+    for (int m = begin + 1; m < end; ++m) {
       score_gradients(s, rounded);
       tile::hold(p);
-      store_ds();
-      pass_ds();
-      if (m + 1 == end) break;
       const int stage = rows.stage;
       rows.advance();
+      if constexpr (kStoreFirst) store_ds();
       shared.q_full[rows.stage].wait(rows.parity);
       issue_scores();
+      if constexpr (!kStoreFirst) store_ds();
       add_product(dk, p, shared.q[stage]);
+      differences(head, m, false, at_edge(m));
     }
+    score_gradients(s, rounded);
+    tile::hold(p);
+    store_ds();
     add_product(dk, p, shared.q[rows.stage]);
     ptx::wgmma_wait<0>();
     tile::hold(p);
@@ -258,6 +291,8 @@ struct KeyGradients {
     const BlockRange& range = shared.work.mine[keys];
     const int all_begin = ptx::uniform(shared.work.all.begin), all_end = ptx::uniform(shared.work.all.end);
     const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
+    const bool whole = shared.work.n_begin + 64 * keys + 64 <= shared.work.part.band.seqlen_k;  // else every step is at the edge
+    const int full_begin = ptx::uniform(range.full_begin), full_end = ptx::uniform(whole ? range.full_end : 0);
     if (all_begin < all_end) {
       shared.k_full.wait(0);
       shared.v_full.wait(0);
@@ -268,7 +303,7 @@ struct KeyGradients {
         continue;
       }
       skip(begin - all_begin);
-      run_head(shared.work.head * params.group + head, range, begin, end);
+      run_head(shared.work.head * params.group + head, begin, end, full_begin, full_end);
       skip(all_end - end);
     }
     write(dv, params.dv, 1, params.head_dim_v);

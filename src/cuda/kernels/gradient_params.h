@@ -9,7 +9,7 @@
 
 namespace tilewise {
 
-constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows
+constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows: the workspace's unit
 constexpr int kRowFloats = 2 * kBlockM;
 constexpr int kAddendBytes = kBlockM * 32;
 constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
@@ -18,8 +18,9 @@ constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
 struct BackwardConfig {
   ptx::Element element = ptx::Element::kBFloat16;
   int head_dim, head_dim_v;          // largest; smaller ones are filled with zeros
+  int block_m;                       // queries of a step: one or two tiles
   int mains;                         // main warpgroups, of 64 keys each
-  int stages;                        // tiles of q and do in shared memory
+  int stages;                        // steps' q and do in shared memory
   int dq_columns;                    // columns of dq that are multiplied at once
   bool dq_loads;                     // a thread of the dq warpgroup loads, to leave its registers to the others; else one of its own
   bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
@@ -28,12 +29,13 @@ struct BackwardConfig {
   int pace = 0;                      // clocks between additions to dq, so that they do not block everyone's way to shared memory
   bool modified = false;             // softcap or ALiBi
   TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
+  TW_HD constexpr int tiles() const { return block_m / kBlockM; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
   TW_HD constexpr int threads() const { return 128 * (mains + (dq_loads ? 1 : 2)); }
 };
 
 struct BackwardParams {
-  CUtensorMap q_map, k_map, v_map, do_map;  // tiles of 64 rows
+  CUtensorMap q_map, k_map, v_map, do_map;  // boxes of a step's queries, of 64 keys
   Elements o, do_, dq, dk, dv;
   const float *lse, *dlse;  // dlse: null: none
   long long lse_batch, lse_head, dlse_batch, dlse_head;
@@ -48,6 +50,7 @@ struct BackwardParams {
   float scale, scale_log2;          // scale_log2: for powers of two, never 0
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
+  int block_m;            // of a step: each sequence has whole steps of tiles
   int q_tiles, k_blocks;  // of one head: tiles of rows and blocks of keys, packed: bounds; not packed: of one sequence
   // Workspace. A head's tiles: those of sequence b begin at first_tile(). Everything is written by the preprocess kernel.
   long long tiles;         // of one head in the workspace
@@ -90,14 +93,14 @@ TW_HD int row_place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 
 // Row number i of those before `begin` and from `end` on.
 TW_HD int outside_row(int i, int begin, int length) { return i < begin ? i : i + length; }
 
-// Tiles of sequence `batch` begin here: each takes whole tiles, at most one more than its share of rows.
+// Tiles of sequence `batch` begin here: each takes whole steps, at most one more than its share of rows.
 TW_HD long long first_tile(const BackwardParams& p, long long q_row, int batch) {
-  return p.cu_seqlens_q ? q_row / kBlockM + batch : static_cast<long long>(batch) * p.q_tiles;
+  return p.cu_seqlens_q ? (q_row / p.block_m + batch) * (p.block_m / kBlockM) : static_cast<long long>(batch) * p.q_tiles;
 }
 
-// What order the blocks of keys add to a tile of dq in: falling, as they are launched.
-TW_HD int turn_of(const Band& band, int m_block, int n_block, int block_n) {
-  return kv_blocks(band, m_block * kBlockM, min_of((m_block + 1) * kBlockM, band.seqlen_q), block_n).end - 1 - n_block;
+// What order the blocks of keys add to a step's dq in: falling, as they are launched.
+TW_HD int turn_of(const Band& band, int m_block, int n_block, int block_m, int block_n) {
+  return kv_blocks(band, m_block * block_m, min_of((m_block + 1) * block_m, band.seqlen_q), block_n).end - 1 - n_block;
 }
 
 }  // namespace tilewise

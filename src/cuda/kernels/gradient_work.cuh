@@ -1,4 +1,4 @@
-// Which work a CTA of the backward pass does: its sequence, also among packed ones, its block, and the tiles of queries that see it.
+// Which work a CTA of the backward pass does: its sequence, also among packed ones, its block, and the steps of queries that see it.
 #pragma once
 
 #include "cuda/kernels/gradient_params.h"
@@ -47,17 +47,18 @@ __device__ __forceinline__ uint16_t* row_of(const Elements& t, bool packed, int 
 
 // What a CTA does. Written once, read by all.
 struct BackwardWork {
-  static constexpr int kMost = 3;
+  static constexpr int kMost = 2;
   Trimmed part;
   long long first_tile;
   int batch, head;              // of keys and values
   int n_block, n_begin;         // of the trimmed sequence
-  BlockRange all, mine[kMost];  // tiles of queries that see the block, and each 64 keys of it
+  BlockRange all, mine[kMost];  // steps of queries that see the block, and each 64 keys of it
 };
 
-// A tile's place in the workspace.
+// The place of a step's first tile in the workspace.
+template <BackwardConfig C>
 __device__ __forceinline__ long long tile_index(const BackwardParams& params, const BackwardWork& work, int head, int m) {
-  return (work.head * params.group + head) * params.tiles + work.first_tile + m;
+  return (work.head * params.group + head) * params.tiles + work.first_tile + m * C.tiles();
 }
 
 // Finds the CTA's work and writes 0 to rows of dk and dv that take no part. By one warp. Long blocks come first under a causal mask; where
@@ -79,11 +80,11 @@ __device__ __forceinline__ void find_work(const BackwardParams& params, Backward
     work.n_block = place.block;
     work.n_begin = place.block * C.block_n();
     const Band& band = work.part.band;
-    const auto tiles_of = [&](int begin, int keys) {
-      return begin < band.seqlen_k ? q_blocks(band, begin, min_of(begin + keys, band.seqlen_k), kBlockM) : BlockRange{0, 0, 0, 0};
+    const auto steps_of = [&](int begin, int keys) {
+      return begin < band.seqlen_k ? q_blocks(band, begin, min_of(begin + keys, band.seqlen_k), C.block_m) : BlockRange{0, 0, 0, 0};
     };
-    work.all = tiles_of(work.n_begin, C.block_n());
-    for (int i = 0; i < C.key_tiles(); ++i) work.mine[i] = tiles_of(work.n_begin + 64 * i, 64);
+    work.all = steps_of(work.n_begin, C.block_n());
+    for (int i = 0; i < C.key_tiles(); ++i) work.mine[i] = steps_of(work.n_begin + 64 * i, 64);
     __syncwarp();
     const int outside = min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin), lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1

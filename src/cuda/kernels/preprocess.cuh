@@ -19,8 +19,9 @@ __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
   const int index = static_cast<int>(p.num_heads * p.tiles) - 1 - static_cast<int>(blockIdx.x);
   const int head = index / p.q_tiles, tile = index % p.q_tiles;
   if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
-  const Place place = find_place(p.cu_seqlens_q, p.batch, kBlockM, tile);
-  return {place.batch, head, place.block};
+  const int tiles = p.block_m / kBlockM;
+  const Place place = find_place(p.cu_seqlens_q, p.batch, p.block_m, tile / tiles);
+  return {place.batch, head, place.block * tiles + tile % tiles};
 }
 
 // Three bfloat16 whose sum is x to 24 bits, and zeros. Finite, since they are multiplied by 0 too.
