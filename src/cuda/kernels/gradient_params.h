@@ -22,7 +22,6 @@ struct BackwardConfig {
   int mains;                         // main warpgroups, of 64 keys each
   int stages;                        // steps' q and do in shared memory
   int dq_columns;                    // columns of dq that are multiplied at once
-  bool dq_loads;                     // a thread of the dq warpgroup loads, to leave its registers to the others; else one of its own
   bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
   int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
   bool addends = false;              // the products subtract lse and delta, as further columns; else threads do
@@ -31,7 +30,7 @@ struct BackwardConfig {
   TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
   TW_HD constexpr int tiles() const { return block_m / kBlockM; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
-  TW_HD constexpr int threads() const { return 128 * (mains + (dq_loads ? 1 : 2)); }
+  TW_HD constexpr int threads() const { return 128 * (mains + 2); }
 };
 
 struct BackwardParams {
