@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 
 #include "cuda/arguments.h"
@@ -152,7 +153,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.head_dim = static_cast<int>(p.head_dim);
   r.head_dim_v = static_cast<int>(p.head_dim_v);
   r.scale = p.scale();
-  r.scale_log2 = r.scale == 0 ? 1e-30F : r.scale * kLog2e;
+  r.scale_log2 = std::abs(r.scale) < 1e-30F ? 1e-30F : r.scale * kLog2e;  // lse is divided by it
   r.softcap_log2 = p.softcap * kLog2e;
   r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
   r.top_left = p.alignment == Alignment::kTopLeft;
