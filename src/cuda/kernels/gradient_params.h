@@ -46,7 +46,7 @@ struct BackwardParams {
   int batch, num_heads, group;  // group: query heads of one key/value head
   int seqlen_q, seqlen_k;       // packed: upper bounds
   int head_dim, head_dim_v;
-  float scale, scale_log2;          // scale_log2: for powers of two, never 0
+  float scale, scale_log2;          // scale_log2: for powers of two, never near 0
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
   int block_m;            // of a step: each sequence has whole steps of tiles
