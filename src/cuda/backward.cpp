@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 
 #include "cuda/arguments.h"
@@ -49,13 +50,14 @@ struct Counts {
 };
 
 struct Workspace {
-  size_t rows, dsink_sum, turn, spoilt, bytes;  // dq_sum comes first
+  size_t rows, addends, dsink_sum, turn, spoilt, bytes;  // dq_sum comes first
   Workspace(const Problem& p, const BackwardConfig& c) {
     const Counts counts(p, c);
     const auto count = static_cast<size_t>(counts.row_ctas);
     const auto aligned = [](size_t bytes_) { return round_up(bytes_, size_t{256}); };
     rows = aligned(count * kBlockM * static_cast<size_t>(c.head_dim) * sizeof(float));
-    dsink_sum = rows + aligned(count * kRowFloats * sizeof(float));
+    addends = rows + aligned(c.addends ? 0 : count * kRowFloats * sizeof(float));
+    dsink_sum = addends + aligned(c.addends ? count * kAddendBytes : 0);
     turn = dsink_sum + aligned(count * sizeof(float));
     spoilt = turn + aligned(count * sizeof(int));
     bytes = spoilt + static_cast<size_t>(p.num_heads_kv * counts.key_tiles) * sizeof(SpoiltKeys);
@@ -159,7 +161,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.head_dim = static_cast<int>(p.head_dim);
   r.head_dim_v = static_cast<int>(p.head_dim_v);
   r.scale = p.scale();
-  r.scale_log2 = r.scale * kLog2e;
+  r.scale_log2 = std::abs(r.scale) < 1e-30F ? 1e-30F : r.scale * kLog2e;  // lse is divided by it
   r.softcap_log2 = p.softcap * kLog2e;
   r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
   r.top_left = p.alignment == Alignment::kTopLeft;
@@ -175,6 +177,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   const Workspace at(p, c);
   r.dq_sum = reinterpret_cast<float*>(workspace);
   r.rows = reinterpret_cast<float*>(workspace + at.rows);
+  r.addends = c.addends ? reinterpret_cast<unsigned char*>(workspace + at.addends) : nullptr;
   r.dsink_sum = reinterpret_cast<float*>(workspace + at.dsink_sum);
   r.turn = reinterpret_cast<int*>(workspace + at.turn);
   r.spoilt = reinterpret_cast<SpoiltKeys*>(workspace + at.spoilt);

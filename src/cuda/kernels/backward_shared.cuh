@@ -23,7 +23,9 @@ struct BackwardShared {
   tile::Tile<C.block_m, C.head_dim_v> do_[C.stages];
   tile::Tile<C.block_m, kRows> ds[kSlots][C.modified ? C.mains : C.key_tiles()];  // queries are rows, 64 keys columns
   tile::Tile<C.split ? 8 : C.block_m, kRows> nothing;                             // zeros, for keys that a step's queries do not see
-  float rows[C.stages][C.tiles() * kRowFloats];                                   // gradient_params.h
+  static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;     // of a tile
+  alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];               // gradient_params.h
+  alignas(256) unsigned char select[C.addends ? 2 : 1][256];  // 8 rows with 1 for lse's columns of the addends, and for delta's
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier my_turn, added;  // where the order of additions to dq matters: see Turns
@@ -36,6 +38,13 @@ struct BackwardShared {
     for (auto& tile : v) tile::clear_panels(tile, head_dim_v, thread, threads);
     for (auto& tile : q) tile::clear_panels(tile, head_dim, thread, threads);
     for (auto& tile : do_) tile::clear_panels(tile, head_dim_v, thread, threads);
+  }
+  __device__ __forceinline__ void init_select() {
+    const int which = static_cast<int>(threadIdx.x) / 16, row = static_cast<int>(threadIdx.x) / 2 % 8, half = threadIdx.x % 2;
+    if (which > 1) return;
+    const bool here = half == which;  // three bfloat16
+    *reinterpret_cast<uint4*>(select[which] + tile::narrow_offset(row, half)) = make_uint4(here ? 0x3f803f80 : 0, here ? 0x3f80 : 0, 0, 0);
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
   __device__ __forceinline__ void init_barriers() {
     k_full.init(C.key_tiles());
@@ -89,8 +98,9 @@ struct Loader {
                     params.head_dim_v);
     if (head == 0 && m == shared.work.all.begin) ptx::wait_for_previous();  // the rows come from the preprocess kernel
     shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
+    const auto* rows = C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows);
     ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
-                               params.rows + tile_index<C>(params, shared.work, head, m) * kRowFloats, sizeof(shared.rows[at.stage]),
+                               rows + tile_index<C>(params, shared.work, head, m) * shared.kRowBytes, sizeof(shared.rows[at.stage]),
                                &shared.q_full[at.stage].state);
     at.advance();
     if (++m == shared.work.all.end) m = shared.work.all.begin, ++head;

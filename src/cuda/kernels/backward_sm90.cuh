@@ -39,9 +39,16 @@ struct KeyGradients {
   tile::Cycle<C.stages> rows;  // of the present step
   tile::Ring<kSlots> slot;     // where its ds goes
 
+  // s += -lse / scale or -delta of each query.
+  __device__ __forceinline__ void add_rows(int which) {
+    if constexpr (C.addends)
+      ptx::Wgmma<ptx::Element::kBFloat16, C.block_m>::template ss<ptx::kNarrowRepeated, ptx::kNarrow>(
+          s, tile::operand(shared.select[which], 16), tile::operand(shared.rows[rows.stage], 16), 1);
+  }
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
     tile::multiply_scores<C.element, C.head_dim, C.block_m>(s, shared.k[keys], shared.q[rows.stage], 0);
+    add_rows(0);
     ptx::wgmma_commit();
   }
   // In the place of s.
@@ -49,6 +56,7 @@ struct KeyGradients {
     shared.do_full[rows.stage].wait(rows.parity);
     ptx::wgmma_fence();
     tile::multiply_scores<C.element, C.head_dim_v, C.block_m>(s, shared.v[keys], shared.do_[rows.stage], 0);
+    add_rows(1);
     ptx::wgmma_commit();
   }
 
@@ -83,7 +91,7 @@ struct KeyGradients {
     }
 #pragma unroll
     for (int j = 0; j < kScores / 8; ++j) {
-      const float4 four = kAhead ? ahead[j] : row_values(0, j);
+      const float4 four = C.addends ? float4{} : kAhead ? ahead[j] : row_values(0, j);
       const float lse[4] = {four.x, four.y, four.z, four.w};
       float slopes[8];
 #pragma unroll
@@ -109,10 +117,11 @@ struct KeyGradients {
   }
   // What is known of this thread's queries in columns 16 j to 16 j + 15 of the step: -lse or -delta.
   __device__ __forceinline__ float4 row_values(int which, int j) const {
-    return reinterpret_cast<const float4*>(shared.rows[rows.stage] + j / 4 * kRowFloats + which * kBlockM)[j % 4 * 4 + threadIdx.x % 4];
+    return reinterpret_cast<const float4*>(
+        shared.rows[rows.stage])[j / 4 * (kRowFloats / 4) + which * (kBlockM / 4) + j % 4 * 4 + threadIdx.x % 4];
   }
   // All of it, before a wait that it can be read during; modified rows lack the registers.
-  static constexpr bool kAhead = !C.modified;
+  static constexpr bool kAhead = !C.modified && !C.addends;
   float4 ahead[kScores / 8];
   __device__ __forceinline__ void read_rows(int which) {
     if constexpr (kAhead)
@@ -224,7 +233,7 @@ struct KeyGradients {
     read_rows(1);
     ptx::wgmma_wait<1>();  // dP
     tile::hold(s);
-    subtract_delta(s);
+    if constexpr (!C.addends) subtract_delta(s);
     if (edge) mask(s, m);  // 0 times what is not finite
     pack(s, rounded);
     if constexpr (kPairs) tile::hold(rounded);  // before the wait
@@ -232,6 +241,8 @@ struct KeyGradients {
     tile::hold(p);
   }
 
+  // Whether ds is stored before the next scores are issued: with two stages those queries come late; with addends it is untried otherwise.
+  static constexpr bool kStoreFirst = C.split || C.addends;
   // The steps of one head that these keys see. The loop turns where no product is in flight, or ptxas serialises all of them.
   __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
     const auto at_edge = [&](int m) { return m < full_begin || m >= full_end; };
@@ -245,10 +256,10 @@ struct KeyGradients {
       tile::hold(p);
       const int stage = rows.stage;
       rows.advance();
-      if constexpr (C.split) store_ds();  // with two stages the next queries come late
+      if constexpr (kStoreFirst) store_ds();
       shared.q_full[rows.stage].wait(rows.parity);
       issue_scores();
-      if constexpr (!C.split) store_ds();
+      if constexpr (!kStoreFirst) store_ds();
       add_product(dk, p, shared.q[stage]);
       differences(head, m, false, at_edge(m));
     }
@@ -315,7 +326,8 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   extern __shared__ __align__(1024) unsigned char memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
-  shared.clear_columns(params.head_dim, params.head_dim_v);
+  if (params.head_dim < C.head_dim || params.head_dim_v < C.head_dim_v) shared.clear_columns(params.head_dim, params.head_dim_v);
+  if constexpr (C.addends) shared.init_select();
   if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
   __syncthreads();
   ptx::launch_dependents();

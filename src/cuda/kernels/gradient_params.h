@@ -11,6 +11,7 @@ namespace tilewise {
 
 constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows: the workspace's unit
 constexpr int kRowFloats = 2 * kBlockM;
+constexpr int kAddendBytes = kBlockM * 32;
 constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
 
 // All that changes the instructions of the inner loop.
@@ -23,8 +24,9 @@ struct BackwardConfig {
   int dq_columns;                    // columns of dq that are multiplied at once
   bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
   int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
-  int pace = 0;           // clocks between additions to dq (0: no pause), so that they do not block everyone's way to shared memory
-  bool modified = false;  // softcap or ALiBi
+  bool addends = false;              // the products subtract lse and delta, as further columns; else threads do
+  int pace = 0;                      // clocks between additions to dq, so that they do not block everyone's way to shared memory
+  bool modified = false;             // softcap or ALiBi
   TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
   TW_HD constexpr int tiles() const { return block_m / kBlockM; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
@@ -49,7 +51,7 @@ struct BackwardParams {
   int batch, num_heads, group;  // group: query heads of one key/value head
   int seqlen_q, seqlen_k;       // packed: upper bounds
   int head_dim, head_dim_v;
-  float scale, scale_log2;          // scale_log2: for powers of two
+  float scale, scale_log2;          // scale_log2: for powers of two, never near 0
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
   bool accumulate;  // dq, dk and dv are float32 and are added to
@@ -61,6 +63,8 @@ struct BackwardParams {
   long long tiles, key_tiles;  // of one head in the workspace
   float* dq_sum;               // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
   float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
+  unsigned char* addends;      // [head][tile][64] rows of 16 bfloat16: three whose sum is -lse / scale, and from column 8 on three for
+                               // -delta; or null, where rows are used
   float* dsink_sum;            // [head][tile]
   int* turn;                   // [head][tile]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt;          // [key/value head][tile of keys]

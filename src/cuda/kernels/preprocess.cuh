@@ -6,22 +6,24 @@
 #include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/fragment.cuh"
+#include "cuda/tile/shared.cuh"
 #include "cuda/tile/store_row.cuh"
 
 namespace tilewise {
 
-// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences. batch is -1 where there is none.
+// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences, and all of that backwards: what the next kernel begins with is
+// then still in L2. batch is -1 where there is none.
 struct RowTile {
   int batch, head, tile;
 };
 __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
-  if (p.q_tiles == 0) return {-1, 0, 0};
-  const auto index = static_cast<int>(blockIdx.x);
+  const int index = static_cast<int>(p.num_heads * p.tiles) - 1 - static_cast<int>(blockIdx.x);
+  if (index < 0) return {-1, 0, 0};
   const int head = index / p.q_tiles, tile = index % p.q_tiles;
-  if (!p.cu_seqlens_q) return {head < p.batch * p.num_heads ? head / p.num_heads : -1, head % p.num_heads, tile};
+  if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
   const int tiles = p.block_m / kBlockM;
   const Place place = find_place(p.cu_seqlens_q, p.batch, p.block_m, tile / tiles);
-  return {head < p.num_heads ? place.batch : -1, head, place.block * tiles + tile % tiles};
+  return {place.batch, head, place.block * tiles + tile % tiles};
 }
 
 // And its tile of keys.
@@ -34,8 +36,25 @@ __device__ __forceinline__ RowTile find_key_tile(const BackwardParams& p) {
   return {head < heads ? place.batch : -1, head, place.block};
 }
 
+// Three bfloat16 whose sum is x to 24 bits, and zeros. Finite, since they are multiplied by 0 too.
+__device__ __forceinline__ uint4 split(float x) {
+  constexpr auto kElement = ptx::Element::kBFloat16;
+  x = fminf(fmaxf(x, -3e38F), 3e38F);
+  const uint32_t high = ptx::pack<kElement>(x, 0);
+  x -= ptx::to_float<kElement>(static_cast<uint16_t>(high));
+  const uint32_t middle = ptx::pack<kElement>(x, 0);
+  x -= ptx::to_float<kElement>(static_cast<uint16_t>(middle));
+  return make_uint4(high | middle << 16, ptx::pack<kElement>(x, 0), 0, 0);
+}
+
 // What the backward kernel needs of a row of a tile.
 __device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta) {
+  if (p.addends) {
+    unsigned char* addends = p.addends + tile * kAddendBytes;
+    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 0)) = split(lse / p.scale_log2);
+    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 1)) = split(delta);
+    return;
+  }
   float* rows = p.rows + tile * kRowFloats + row_place(row);
   rows[0] = lse;
   rows[kBlockM] = delta;

@@ -19,8 +19,10 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // An operand in shared memory is named by 64 bits: the low half is its start and the step to the next 64 columns, in units of 16 bytes,
-// the high half here always the 128-byte swizzle and 1024 bytes from 8 rows to the next 8.
+// the high half mostly the 128-byte swizzle and 1024 bytes from 8 rows to the next 8.
 constexpr uint32_t kSwizzled = 1u << 30 | 1024 >> 4;
+// Of rows of 16 elements: the 32-byte swizzle and 256 bytes from 8 rows to the next 8; or the same 8 rows again and again.
+constexpr uint32_t kNarrow = 3u << 30 | 256 >> 4, kNarrowRepeated = 3u << 30;
 
 template <Element kElement, int kN>
 struct Wgmma;
@@ -54,12 +56,12 @@ struct Wgmma;
   "123,%124,%125,%126,%127"
 
 // r0 = N / 2 is the number of D's registers; r1.. follow it. The first operand behind D is %r0.
-#define TW_SS(n, type, b_transposed, r, r0, r1, r2, r3)                                                                              \
+#define TW_SS(n, type, b_transposed, a_high, b_high, r, r0, r1, r2, r3, r4)                                                          \
   asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %" #r2 ", 0;\nmov.b64 a, {%" #r0 ", %" #r3 "};\nmov.b64 b, {%" #r1 \
-               ", %" #r3 "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r                            \
+               ", %" #r4 "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r                            \
                "}, a, b, p, 1, 1, 0, " #b_transposed ";\n}"                                                                          \
                : TW_D##r                                                                                                             \
-               : "r"(a), "r"(b), "r"(accumulate), "n"(kSwizzled))
+               : "r"(a), "r"(b), "r"(accumulate), "n"(a_high), "n"(b_high))
 #define TW_RS(n, type, r, r0, r1, r2, r3, r4, r5, r6)                                                                                  \
   asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %" #r5 ", 0;\nmov.b64 b, {%" #r4 ", %" #r6                              \
                "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TW_L##r "}, {%" #r0 ",%" #r1 ",%" #r2 ",%" #r3 \
@@ -69,17 +71,18 @@ struct Wgmma;
 #define TW_WGMMA(n, r, r0, r1, r2, r3, r4, r5, r6)                                                            \
   template <Element kElement>                                                                                 \
   struct Wgmma<kElement, n> {                                                                                 \
+    template <uint32_t kA = kSwizzled, uint32_t kB = kSwizzled>                                               \
     static __device__ __forceinline__ void ss(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {        \
       if constexpr (kElement == Element::kBFloat16)                                                           \
-        TW_SS(n, "bf16", 0, r, r0, r1, r2, r3);                                                               \
+        TW_SS(n, "bf16", 0, kA, kB, r, r0, r1, r2, r3, r4);                                                   \
       else                                                                                                    \
-        TW_SS(n, "f16", 0, r, r0, r1, r2, r3);                                                                \
+        TW_SS(n, "f16", 0, kA, kB, r, r0, r1, r2, r3, r4);                                                    \
     }                                                                                                         \
     static __device__ __forceinline__ void st(float (&d)[r], uint32_t a, uint32_t b, int accumulate) {        \
       if constexpr (kElement == Element::kBFloat16)                                                           \
-        TW_SS(n, "bf16", 1, r, r0, r1, r2, r3);                                                               \
+        TW_SS(n, "bf16", 1, kSwizzled, kSwizzled, r, r0, r1, r2, r3, r4);                                     \
       else                                                                                                    \
-        TW_SS(n, "f16", 1, r, r0, r1, r2, r3);                                                                \
+        TW_SS(n, "f16", 1, kSwizzled, kSwizzled, r, r0, r1, r2, r3, r4);                                      \
     }                                                                                                         \
     static __device__ __forceinline__ void rs(float (&d)[r], const uint32_t* a, uint32_t b, int accumulate) { \
       if constexpr (kElement == Element::kBFloat16)                                                           \
