@@ -27,15 +27,13 @@ struct KeyGradients {
   const BackwardParams& params;
   BackwardShared<C>& shared;
   const int part;                       // which warpgroup
-  const int keys = C.split ? 0 : part;  // which 64 keys
+  const int keys = C.roles ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
   static constexpr int kScores = C.block_m / 2;
   float s[kScores];  // 64 keys x a step's queries
   uint32_t p[kScores / 2], rounded[kScores / 2];
-  static constexpr int kColumns = C.split ? C.head_dim / 2 : C.head_dim;
-  const int first_column = C.split ? part * kColumns : 0;
-  float dk[kColumns / 2], dv[kColumns / 2];
+  float dk[C.head_dim / 2], dv[C.head_dim / 2];
   tile::Cycle<C.stages> rows;  // the present tile of queries
   tile::Ring<kSlots> slot;     // where its ds goes
 
@@ -102,8 +100,8 @@ struct KeyGradients {
         s[i] = ptx::exp2(x + lse[n / 4 * 2 + n % 2]);
       }
       if constexpr (C.modified)
-        my_slopes(j) = make_uint4(ptx::pack<C.element>(slopes[0], slopes[1]), ptx::pack<C.element>(slopes[2], slopes[3]),
-                                  ptx::pack<C.element>(slopes[4], slopes[5]), ptx::pack<C.element>(slopes[6], slopes[7]));
+        my_place(j) = make_uint4(ptx::pack<C.element>(slopes[0], slopes[1]), ptx::pack<C.element>(slopes[2], slopes[3]),
+                                 ptx::pack<C.element>(slopes[4], slopes[5]), ptx::pack<C.element>(slopes[6], slopes[7]));
     }
     if (edge) mask(s, m);
   }
@@ -131,8 +129,8 @@ struct KeyGradients {
       const float delta[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int n = 0; n < 8; ++n) dp[8 * j + n] += delta[n / 4 * 2 + n % 2];
-      if constexpr (C.modified) {
-        const uint4 packed = my_slopes(j);
+      if constexpr (C.modified && !C.roles) {
+        const uint4 packed = my_place(j);
         const uint32_t slopes[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
         for (int n = 0; n < 8; ++n) dp[8 * j + n] *= half_of(slopes[n / 2], n);
@@ -145,17 +143,12 @@ struct KeyGradients {
   }
 
   // Of the slot for ds each warp has its 16 keys, two of the eight units of 16 bytes in every query's row.
-  __device__ __forceinline__ void wait_for_slot() {
-    if (!C.split || part == 0) shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1);
-  }
-  __device__ __forceinline__ unsigned char* my_bytes(int row, int unit) {
-    auto& tile = shared.ds[slot.stage()][C.split ? part : keys];
-    return tile.bytes + tile.offset(row, static_cast<int>(threadIdx.x) / 32 % 4 * 2 + unit);
-  }
-  // There the softcap's derivatives of 16 queries wait for dp, for want of registers.
-  __device__ __forceinline__ uint4& my_slopes(int j) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    return *reinterpret_cast<uint4*>(my_bytes(16 * j + lane / 2, lane % 2));
+  __device__ __forceinline__ void wait_for_slot() { shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1); }
+  // This lane's, for each 16 queries, is where it stores ds. Before, the softcap's derivatives wait there for dp, for want of registers.
+  __device__ __forceinline__ uint4& my_place(int j) {
+    auto& tile = shared.ds[slot.stage()][keys];
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    return *reinterpret_cast<uint4*>(tile.bytes + tile.offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2) + j * 16 * 128);
   }
 
   // ds = p (dp - delta), packed, in the place of p; dp holds the difference. In bfloat16 the difference is rounded before it is multiplied,
@@ -174,13 +167,11 @@ struct KeyGradients {
 
   // Writes ds into the slot, with queries as rows, and lets the dq warpgroup have it.
   __device__ __forceinline__ void store_ds() {
-    if (C.split && part > 0) return;  // has the same
     if constexpr (C.modified)
       __syncwarp();  // all have read their slopes
     else
       wait_for_slot();  // else it was before the slopes
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(my_bytes(lane / 16 * 8 + lane % 8, lane / 8 % 2)));
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(&my_place(0)));
 #pragma unroll
     for (int step = 0; step < C.block_m / 16; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
@@ -199,13 +190,13 @@ struct KeyGradients {
     }
   }
 
-  // sum += x^T times this warpgroup's columns of a tile of queries.
+  // sum += x^T times a tile of queries.
   template <class T>
-  __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
+  __device__ __forceinline__ void add_product(float (&sum)[C.head_dim / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
     ptx::wgmma_fence();
-    const uint32_t b = tile::operand(queries.bytes, T::kPanelBytes) + (C.split ? (first_column / 64 * T::kPanelBytes) >> 4 : 0);
+    const uint32_t b = tile::operand(queries.bytes, T::kPanelBytes);
 #pragma unroll
-    for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
+    for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, C.head_dim>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
     ptx::wgmma_commit();
   }
   // s of a step has been issued: it becomes p, issued with do to dv, and dp - delta. Registers are few: dp takes the place of s.
@@ -244,10 +235,9 @@ struct KeyGradients {
       tile::hold(p);
       const int stage = rows.stage;
       rows.advance();
-      if constexpr (C.split) store_ds();  // with two stages the next queries come late
       shared.q_full[rows.stage].wait(rows.parity);
       issue_scores();
-      if constexpr (!C.split) store_ds();
+      store_ds();
       add_product(dk, p, shared.q[stage]);
       differences(head, m, false, at_edge(m));
     }
@@ -263,20 +253,20 @@ struct KeyGradients {
     rows.advance();
   }
 
-  __device__ __forceinline__ void write(const float (&sum)[kColumns / 2], const Elements& to, float factor, int head_dim) {
+  __device__ __forceinline__ void write(const float (&sum)[C.head_dim / 2], const Elements& to, float factor, int head_dim) {
     const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const long long row = shared.work.part.sequence.k_row + key + 8 * r;
       const bool inside = key + 8 * r < shared.work.part.band.seqlen_k;
-      uint16_t* at = row_of(to, params.cu_seqlens_k != nullptr, shared.work.batch, row, shared.work.head) + first_column;
-      tile::store_row<C.element>(sum, r, factor, inside ? at : nullptr, head_dim - first_column);
+      uint16_t* at = row_of(to, params.cu_seqlens_k != nullptr, shared.work.batch, row, shared.work.head);
+      tile::store_row<C.element>(sum, r, factor, inside ? at : nullptr, head_dim);
     }
   }
 
   __device__ __forceinline__ void run() {
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) dk[i] = dv[i] = 0;
+    for (int i = 0; i < C.head_dim / 2; ++i) dk[i] = dv[i] = 0;
     const BlockRange& range = shared.work.mine[keys];
     const int all_begin = ptx::uniform(shared.work.all.begin), all_end = ptx::uniform(shared.work.all.end);
     const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
