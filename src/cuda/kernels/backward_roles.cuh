@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
     ptx::give_registers<kLoaderRegisters>();
     if (threadIdx.x % 128 == 0) Loader<C>{params, shared}.run_q();
     if (threadIdx.x % 128 == 32) Loader<C>{params, shared}.run_do();
+    if (threadIdx.x % 128 == 64 && params.deterministic) Turns<C>{params, shared}.run();
   } else if (warpgroup == 0) {
     ptx::give_registers<C.dq_registers>();
     QueryGradients<C>{params, shared}.run();

@@ -27,6 +27,7 @@ struct BackwardShared {
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
+  tile::Barrier my_turn, added;                      // where the order of additions to dq matters: see Turns
   tile::Barrier ds_full[kSlots][C.key_tiles()], ds_empty[kSlots][C.key_tiles()];
 
   // Columns that are not there.
@@ -47,6 +48,8 @@ struct BackwardShared {
       do_empty[i].init(4 * C.mains);
     }
     for (int i = 0; i < kSlots; ++i) p_full[i].init(4);
+    my_turn.init(1);
+    added.init(4);
     for (int i = 0; i < kSlots; ++i)
       for (int j = 0; j < C.key_tiles(); ++j) {
         ds_full[i][j].init(4);
@@ -130,7 +133,31 @@ struct Loader {
   }
 };
 
-// One warpgroup: dq of every tile.
+// One thread, where the order of additions to dq matters: tells the dq warpgroup when a step's turn has come, and the next block of keys
+// when the additions have been made. So nobody waits for the way to global memory and back, which takes longer than the additions.
+template <BackwardConfig C>
+struct Turns {
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+
+  __device__ __forceinline__ void run() {
+    ptx::wait_for_previous();
+    uint32_t parity = 0;
+#pragma unroll 1
+    for (int head = 0; head < params.group; ++head)
+#pragma unroll 1
+      for (int m = shared.work.all.begin; m < shared.work.all.end; ++m, parity ^= 1) {
+        int* turn = params.turn + tile_index<C>(params, shared.work, head, m);
+        const int mine = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_m, C.block_n());
+        while (ptx::load_acquire(turn) != mine) __nanosleep(20);
+        shared.my_turn.arrive();
+        shared.added.wait(parity);
+        ptx::add_release(turn, 1);
+      }
+  }
+};
+
+// One warpgroup: dq of every step.
 template <BackwardConfig C>
 struct QueryGradients {
   static constexpr int kWidth = C.dq_columns, kPasses = C.head_dim / kWidth, kThreads = 128;
@@ -139,14 +166,6 @@ struct QueryGradients {
   const int thread = static_cast<int>(threadIdx.x) % kThreads;
 
   __device__ __forceinline__ void run() {
-    Loader<C> loader{params, shared};
-    if (C.dq_loads && thread == 0 && loader.more()) {
-      loader.load_k();
-      loader.load_v();
-#pragma unroll 1
-      for (int i = 0; i < C.stages && loader.more(); ++i) loader.load_step();
-    }
-    __syncwarp();
     const int begin = ptx::uniform(shared.work.all.begin), end = ptx::uniform(shared.work.all.end);
     for (int i = thread; i < shared.nothing.kBytes / 16; i += kThreads)
       reinterpret_cast<uint4*>(shared.nothing.bytes)[i] = make_uint4(0, 0, 0, 0);
@@ -155,6 +174,7 @@ struct QueryGradients {
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     ptx::barrier_sync(1, kThreads);
     ptx::wait_for_previous();
+    uint32_t parity = 0;
     tile::Ring<kSlots> slot[C.key_tiles()];
     int mine_begin[C.key_tiles()], mine_end[C.key_tiles()];
 #pragma unroll
@@ -174,13 +194,6 @@ struct QueryGradients {
           if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
           a[i] = tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16);
         }
-        // All who see this tile are done with the one before it.
-        if (C.dq_loads && thread == 0 && (m > begin || head > 0) && loader.more()) loader.load_step();
-        __syncwarp();
-        if (params.deterministic) {
-          if (m > begin || head > 0) end_turn(m > begin ? head : head - 1, m > begin ? m - 1 : end - 1);
-          wait_for_turn(head, m);
-        }
         float* sum = params.dq_sum + tile_index<C>(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
 #pragma unroll
         for (int pass = 0; pass < C.tiles() * kPasses; ++pass) {
@@ -196,6 +209,10 @@ struct QueryGradients {
           ptx::wgmma_commit();
           ptx::wgmma_wait<0>();
           tile::hold(dq);
+          if (params.deterministic && pass == 0) {
+            shared.my_turn.wait(parity);
+            parity ^= 1;
+          }
           if (pass + 1 == C.tiles() * kPasses)
 #pragma unroll
             for (int i = 0; i < C.key_tiles(); ++i) {
@@ -208,22 +225,9 @@ struct QueryGradients {
             if constexpr (C.pace > 0) ptx::pause<C.pace>();
           }
         }
+        __syncwarp();
+        if (params.deterministic) shared.added.arrive_if(thread % 32 == 0);
       }
-    if (params.deterministic && begin < end) end_turn(params.group - 1, end - 1);
-  }
-
-  // Where the order of additions matters: a tile's turn ends late, when the additions have long been on their way.
-  __device__ __forceinline__ void end_turn(int head, int m) {
-    __threadfence();
-    ptx::barrier_sync(1, kThreads);
-    if (thread == 0) ptx::add_release(params.turn + tile_index<C>(params, shared.work, head, m), 1);
-  }
-  __device__ __forceinline__ void wait_for_turn(int head, int m) {
-    if (thread == 0) {
-      const int turn = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_m, C.block_n());
-      while (ptx::load_acquire(params.turn + tile_index<C>(params, shared.work, head, m)) != turn) __nanosleep(20);
-    }
-    ptx::barrier_sync(1, kThreads);
   }
 };
 

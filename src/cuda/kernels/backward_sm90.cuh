@@ -1,7 +1,7 @@
 // Exact attention backward on Hopper: a block of keys with its dk and dv stays on an SM while the queries that see it pass by. Read from
 // top to bottom, it is in the order of events.
 //
-// A CTA owns 64 keys per main warpgroup of one key/value head and walks over tiles of 64 queries of every query head of the group:
+// A CTA owns 64 keys per main warpgroup of one key/value head and walks in steps over the queries of every query head of the group:
 //   S^T = K Q^T      P^T = 2^(S^T - lse)         dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T (dP^T - delta)   dK += dS^T Q     dQ += dS K
 // Main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
@@ -34,7 +34,7 @@ struct KeyGradients {
   float s[kScores];  // 64 keys x a step's queries
   uint32_t p[kScores / 2], rounded[kScores / 2];
   float dk[C.head_dim / 2], dv[C.head_dim / 2];
-  tile::Cycle<C.stages> rows;  // the present tile of queries
+  tile::Cycle<C.stages> rows;  // of the present step
   tile::Ring<kSlots> slot;     // where its ds goes
 
   __device__ __forceinline__ void issue_scores() {
@@ -180,7 +180,7 @@ struct KeyGradients {
     slot.advance();
   }
 
-  // Hands back tiles of queries that these keys do not see.
+  // Hands back steps that these keys do not see.
   __device__ __forceinline__ void skip(int count) {
 #pragma unroll 1
     for (; count > 0; --count, rows.advance()) {
@@ -190,7 +190,7 @@ struct KeyGradients {
     }
   }
 
-  // sum += x^T times a tile of queries.
+  // sum += x^T times a step's queries.
   template <class T>
   __device__ __forceinline__ void add_product(float (&sum)[C.head_dim / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
     ptx::wgmma_fence();
@@ -199,6 +199,7 @@ struct KeyGradients {
     for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, C.head_dim>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
     ptx::wgmma_commit();
   }
+
   // s of a step has been issued: it becomes p, issued with do to dv, and dp - delta. Registers are few: dp takes the place of s.
   __device__ __forceinline__ void differences(int head, int m, bool first, bool edge) {
     read_rows(0);
@@ -222,7 +223,7 @@ struct KeyGradients {
     tile::hold(p);
   }
 
-  // The steps of one head that these keys see.
+  // The steps of one head that these keys see. The loop turns where no product is in flight, or ptxas serialises all of them.
   __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
     const auto at_edge = [&](int m) { return m < full_begin || m >= full_end; };
     shared.q_full[rows.stage].wait(rows.parity);
@@ -305,6 +306,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   if (threadIdx.x >= 128 * (C.mains + 1)) {
     ptx::give_registers<kLoaderRegisters>();
     if (threadIdx.x % 128 == 0) Loader<C>{params, shared}.run();
+    if (threadIdx.x % 128 == 32 && params.deterministic) Turns<C>{params, shared}.run();
   } else if (threadIdx.x < 128) {
     ptx::give_registers<C.dq_registers>();
     QueryGradients<C>{params, shared}.run();
