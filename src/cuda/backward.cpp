@@ -13,13 +13,13 @@ namespace tilewise::cuda {
 namespace {
 
 // The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
-constexpr int kRows = 16;
+constexpr int kRows = 24;
 const std::array<BackwardRow, kRows>& table() {
   static const std::array<BackwardRow, kRows> kTable = [] {
     std::array<BackwardRow, kRows> rows;
     auto next = rows.begin();
-    for (const auto& shape :
-         {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(), backward_rows<Backward256>()})
+    for (const auto& shape : {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(),
+                              backward_rows<Backward192x128>(), backward_rows<Backward192>(), backward_rows<Backward256>()})
       next = std::copy(shape.begin(), shape.end(), next);
     return rows;
   }();

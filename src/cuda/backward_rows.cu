@@ -1,6 +1,6 @@
 // The backward kernels of one shape, TW_SHAPE.
 #include "cuda/backward_rows.h"
-#include "cuda/kernels/backward_sm90.cuh"
+#include "cuda/kernels/backward_roles.cuh"
 #include "cuda/kernels/preprocess.cuh"
 
 namespace tilewise::cuda {
@@ -17,9 +17,15 @@ struct Row {
     return config;
   }
   static constexpr BackwardConfig kConfig = make();
+  static const void* kernel() {
+    if constexpr (kConfig.roles)
+      return reinterpret_cast<const void*>(backward_roles<Row>);
+    else
+      return reinterpret_cast<const void*>(backward_sm90<Row>);
+  }
   static BackwardRow row() {
-    return {kConfig, sizeof(BackwardShared<kConfig>), reinterpret_cast<const void*>(backward_sm90<Row>),
-            reinterpret_cast<const void*>(backward_preprocess<kElement>), reinterpret_cast<const void*>(backward_postprocess<kElement>)};
+    return {kConfig, sizeof(BackwardShared<kConfig>), kernel(), reinterpret_cast<const void*>(backward_preprocess<kElement>),
+            reinterpret_cast<const void*>(backward_postprocess<kElement>)};
   }
 };
 

@@ -21,14 +21,15 @@ struct BackwardShared {
   tile::Tile<kRows, C.head_dim_v> v[C.key_tiles()];
   tile::Tile<C.block_m, C.head_dim> q[C.stages];
   tile::Tile<C.block_m, C.head_dim_v> do_[C.stages];
-  tile::Tile<C.block_m, kRows> ds[kSlots][C.modified ? C.mains : C.key_tiles()];  // queries are rows, 64 keys columns
-  tile::Tile<C.split ? 8 : C.block_m, kRows> nothing;                             // zeros, for keys that a step's queries do not see
-  static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;     // of a tile
-  alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];               // gradient_params.h
+  tile::Tile<C.block_m, kRows> ds[kSlots][C.key_tiles()];                      // queries are rows, 64 keys columns
+  tile::Tile<C.roles ? 8 : C.block_m, kRows> nothing;                          // zeros, for keys that a step's queries do not see
+  static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
+  alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];            // gradient_params.h
   alignas(256) unsigned char select[C.addends ? 2 : 1][256];  // 8 rows with 1 for lse's columns of the addends, and for delta's
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
-  tile::Barrier my_turn, added;  // where the order of additions to dq matters: see Turns
+  tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
+  tile::Barrier my_turn, added;                      // where the order of additions to dq matters: see Turns
   tile::Barrier ds_full[kSlots][C.key_tiles()], ds_empty[kSlots][C.key_tiles()];
 
   // Columns that are not there.
@@ -52,8 +53,10 @@ struct BackwardShared {
     for (int i = 0; i < C.stages; ++i) {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
-      q_empty[i].init(4 * C.mains);  // warps of the main warpgroups
+      q_empty[i].init(C.roles ? 4 : 4 * C.mains);  // warps of the main warpgroups; of roles, of the one that is last
+      do_empty[i].init(4 * C.mains);
     }
+    for (int i = 0; i < kSlots; ++i) p_full[i].init(4);
     my_turn.init(1);
     added.init(4);
     for (int i = 0; i < kSlots; ++i)
@@ -65,7 +68,7 @@ struct BackwardShared {
   }
 };
 
-// One thread: the block of keys, then every step's queries with their rows.
+// One thread: the block of keys, then every step's queries with their rows. Of roles two threads: q and do come and go at their own times.
 template <BackwardConfig C>
 struct Loader {
   const BackwardParams& params;
@@ -74,41 +77,69 @@ struct Loader {
   tile::Cycle<C.stages> at;
 
   __device__ __forceinline__ bool more() const { return head < params.group && m < shared.work.all.end; }
-  __device__ __forceinline__ void load_keys() {
-    const Trimmed& part = shared.work.part;
-    const int batch = params.cu_seqlens_k ? 0 : shared.work.batch;
+  __device__ __forceinline__ void next() {
+    at.advance();
+    if (++m == shared.work.all.end) m = shared.work.all.begin, ++head;
+  }
+  template <class T>
+  __device__ __forceinline__ void load_keys(T (&to)[C.key_tiles()], const CUtensorMap& map, tile::Barrier& full, int columns) {
+    const Sequence& sequence = shared.work.part.sequence;
 #pragma unroll 1
     for (int i = 0; i < C.key_tiles(); ++i) {
-      const int row = shared.work.n_begin + 64 * i, valid = part.sequence.seqlen_k - row;
-      tile::load_rows(shared.k[i], &params.k_map, shared.k_full, part.sequence.k_row + row, valid, shared.work.head, batch,
-                      params.head_dim);
-      tile::load_rows(shared.v[i], &params.v_map, shared.v_full, part.sequence.k_row + row, valid, shared.work.head, batch,
-                      params.head_dim_v);
+      const int row = shared.work.n_begin + 64 * i;
+      tile::load_rows(to[i], &map, full, sequence.k_row + row, sequence.seqlen_k - row, shared.work.head,
+                      params.cu_seqlens_k ? 0 : shared.work.batch, columns);
     }
   }
-  __device__ __forceinline__ void load_queries() {
-    const Trimmed& part = shared.work.part;
-    const int batch = params.cu_seqlens_q ? 0 : shared.work.batch;
-    const int row = m * C.block_m, q_head = shared.work.head * params.group + head;
-    const long long q_row = part.sequence.q_row + row;
-    shared.q_empty[at.stage].wait(at.parity ^ 1);
-    tile::load_rows(shared.q[at.stage], &params.q_map, shared.q_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch,
-                    params.head_dim);
-    tile::load_rows(shared.do_[at.stage], &params.do_map, shared.do_full[at.stage], q_row, part.sequence.seqlen_q - row, q_head, batch,
-                    params.head_dim_v);
-    if (head == 0 && m == shared.work.all.begin) ptx::wait_for_previous();  // the rows come from the preprocess kernel
+  template <class T>
+  __device__ __forceinline__ void load_queries(T& to, const CUtensorMap& map, tile::Barrier& full, int columns) {
+    const Sequence& sequence = shared.work.part.sequence;
+    const int row = m * C.block_m;
+    tile::load_rows(to, &map, full, sequence.q_row + row, sequence.seqlen_q - row, shared.work.head * params.group + head,
+                    params.cu_seqlens_q ? 0 : shared.work.batch, columns);
+  }
+  __device__ __forceinline__ void load_k() { load_keys(shared.k, params.k_map, shared.k_full, params.head_dim); }
+  __device__ __forceinline__ void load_v() { load_keys(shared.v, params.v_map, shared.v_full, params.head_dim_v); }
+  __device__ __forceinline__ void load_do() {
+    load_queries(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], params.head_dim_v);
+  }
+  __device__ __forceinline__ void load_q() { load_queries(shared.q[at.stage], params.q_map, shared.q_full[at.stage], params.head_dim); }
+  __device__ __forceinline__ void load_rows() {
+    if (head == 0 && m == shared.work.all.begin) ptx::wait_for_previous();  // they come from the preprocess kernel
     shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
     const auto* rows = C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows);
     ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
                                rows + tile_index<C>(params, shared.work, head, m) * shared.kRowBytes, sizeof(shared.rows[at.stage]),
                                &shared.q_full[at.stage].state);
-    at.advance();
-    if (++m == shared.work.all.end) m = shared.work.all.begin, ++head;
+  }
+  __device__ __forceinline__ void load_step() {
+    shared.q_empty[at.stage].wait(at.parity ^ 1);
+    load_q();
+    load_do();
+    load_rows();
+    next();
   }
   __device__ __forceinline__ void run() {
-    if (more()) load_keys();
+    if (more()) load_k(), load_v();
 #pragma unroll 1
-    while (more()) load_queries();
+    while (more()) load_step();
+  }
+  __device__ __forceinline__ void run_q() {
+    if (more()) load_k();
+#pragma unroll 1
+    for (; more(); next()) {
+      shared.q_empty[at.stage].wait(at.parity ^ 1);
+      load_q();
+      load_rows();
+    }
+  }
+  __device__ __forceinline__ void run_do() {
+    if (more()) load_v();
+#pragma unroll 1
+    for (; more(); next()) {
+      shared.do_empty[at.stage].wait(at.parity ^ 1);
+      load_do();
+    }
   }
 };
 

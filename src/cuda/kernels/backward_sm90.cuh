@@ -27,15 +27,13 @@ struct KeyGradients {
   const BackwardParams& params;
   BackwardShared<C>& shared;
   const int part;                       // which warpgroup
-  const int keys = C.split ? 0 : part;  // which 64 keys
+  const int keys = C.roles ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
   static constexpr int kScores = C.block_m / 2;
   float s[kScores];  // 64 keys x a step's queries
   uint32_t p[kScores / 2], rounded[kScores / 2];
-  static constexpr int kColumns = C.split ? C.head_dim / 2 : C.head_dim;
-  const int first_column = C.split ? part * kColumns : 0;
-  float dk[kColumns / 2], dv[kColumns / 2];
+  float dk[C.head_dim / 2], dv[C.head_dim / 2];
   tile::Cycle<C.stages> rows;  // of the present step
   tile::Ring<kSlots> slot;     // where its ds goes
 
@@ -110,8 +108,8 @@ struct KeyGradients {
         s[i] = ptx::exp2(x + lse[n / 4 * 2 + n % 2]);
       }
       if constexpr (C.modified)
-        my_slopes(j) = make_uint4(ptx::pack<C.element>(slopes[0], slopes[1]), ptx::pack<C.element>(slopes[2], slopes[3]),
-                                  ptx::pack<C.element>(slopes[4], slopes[5]), ptx::pack<C.element>(slopes[6], slopes[7]));
+        my_place(j) = make_uint4(ptx::pack<C.element>(slopes[0], slopes[1]), ptx::pack<C.element>(slopes[2], slopes[3]),
+                                 ptx::pack<C.element>(slopes[4], slopes[5]), ptx::pack<C.element>(slopes[6], slopes[7]));
     }
     if (edge) mask(s, m);
   }
@@ -140,8 +138,8 @@ struct KeyGradients {
       const float delta[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int n = 0; n < 8; ++n) dp[8 * j + n] += delta[n / 4 * 2 + n % 2];
-      if constexpr (C.modified) {
-        const uint4 packed = my_slopes(j);
+      if constexpr (C.modified && !C.roles) {
+        const uint4 packed = my_place(j);
         const uint32_t slopes[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
         for (int n = 0; n < 8; ++n) dp[8 * j + n] *= half_of(slopes[n / 2], n);
@@ -154,17 +152,12 @@ struct KeyGradients {
   }
 
   // Of the slot for ds each warp has its 16 keys, two of the eight units of 16 bytes in every query's row.
-  __device__ __forceinline__ void wait_for_slot() {
-    if (!C.split || part == 0) shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1);
-  }
-  __device__ __forceinline__ unsigned char* my_bytes(int row, int unit) {
-    auto& tile = shared.ds[slot.stage()][C.split ? part : keys];
-    return tile.bytes + tile.offset(row, static_cast<int>(threadIdx.x) / 32 % 4 * 2 + unit);
-  }
-  // There the softcap's derivatives of 16 queries wait for dp, for want of registers.
-  __device__ __forceinline__ uint4& my_slopes(int j) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    return *reinterpret_cast<uint4*>(my_bytes(16 * j + lane / 2, lane % 2));
+  __device__ __forceinline__ void wait_for_slot() { shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1); }
+  // This lane's, for each 16 queries, is where it stores ds. Before, the softcap's derivatives wait there for dp, for want of registers.
+  __device__ __forceinline__ uint4& my_place(int j) {
+    auto& tile = shared.ds[slot.stage()][keys];
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    return *reinterpret_cast<uint4*>(tile.bytes + tile.offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2) + j * 16 * 128);
   }
 
   // ds = p (dp - delta), packed, in the place of p; dp holds the difference. In bfloat16 the difference is rounded before it is multiplied,
@@ -183,13 +176,11 @@ struct KeyGradients {
 
   // Writes ds into the slot, with queries as rows, and lets the dq warpgroup have it.
   __device__ __forceinline__ void store_ds() {
-    if (C.split && part > 0) return;  // has the same
     if constexpr (C.modified)
       __syncwarp();  // all have read their slopes
     else
       wait_for_slot();  // else it was before the slopes
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(my_bytes(lane / 16 * 8 + lane % 8, lane / 8 % 2)));
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(&my_place(0)));
 #pragma unroll
     for (int step = 0; step < C.block_m / 16; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
@@ -208,13 +199,13 @@ struct KeyGradients {
     }
   }
 
-  // sum += x^T times this warpgroup's columns of a step's queries.
+  // sum += x^T times a step's queries.
   template <class T>
-  __device__ __forceinline__ void add_product(float (&sum)[kColumns / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
+  __device__ __forceinline__ void add_product(float (&sum)[C.head_dim / 2], const uint32_t (&x)[kScores / 2], const T& queries) {
     ptx::wgmma_fence();
-    const uint32_t b = tile::operand(queries.bytes, T::kPanelBytes) + (C.split ? (first_column / 64 * T::kPanelBytes) >> 4 : 0);
+    const uint32_t b = tile::operand(queries.bytes, T::kPanelBytes);
 #pragma unroll
-    for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, kColumns>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
+    for (int step = 0; step < C.block_m / 16; ++step) ptx::Wgmma<C.element, C.head_dim>::rs(sum, x + 4 * step, b + ((step * 2048) >> 4), 1);
     ptx::wgmma_commit();
   }
 
@@ -241,8 +232,8 @@ struct KeyGradients {
     tile::hold(p);
   }
 
-  // Whether ds is stored before the next scores are issued: with two stages those queries come late; with addends it is untried otherwise.
-  static constexpr bool kStoreFirst = C.split || C.addends;
+  // Whether ds is stored before the next scores are issued: with addends it is untried otherwise.
+  static constexpr bool kStoreFirst = C.addends;
   // The steps of one head that these keys see. The loop turns where no product is in flight, or ptxas serialises all of them.
   __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
     const auto at_edge = [&](int m) { return m < full_begin || m >= full_end; };
@@ -275,26 +266,31 @@ struct KeyGradients {
     rows.advance();
   }
 
-  // Rows that are not finite are told to the postprocess kernel (gradient_rows.cuh), and left to it where they would be added.
-  __device__ __forceinline__ void write(const float (&sum)[kColumns / 2], int which, const Elements& to, float factor, int head_dim) {
-    const Sequence& sequence = shared.work.part.sequence;
-    const long long tile = shared.work.first_key_tile + shared.work.n_begin / 64 + keys;
-    unsigned* spoilt = params.spoilt[shared.work.head * params.key_tiles + tile].rows[which][threadIdx.x / 32 % 4];
-    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row;
+  // A gradient of these keys, dk (which 0) or dv (1), in kParts runs of columns. Rows that are not finite are told to the postprocess kernel
+  // (gradient_rows.cuh), and left to it where they would be added.
+  template <int kParts, int kCount>
+  __device__ __forceinline__ void write(const float (*sum)[kCount], int which, const Elements& to, float factor, int columns) {
+    const BackwardWork& work = shared.work;
+    const int key = work.n_begin + 64 * keys + tile::this_lane().row, warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    SpoiltKeys& spoilt = params.spoilt[work.head * params.key_tiles + work.first_key_tile + work.n_begin / 64 + keys];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      bool inside = key + 8 * r < sequence.seqlen_k;
-      const unsigned rows = tile::infinite_rows(sum, r);
-      if (inside && leader) spoilt[r] = rows;
+      unsigned rows = 0;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) rows |= tile::infinite_rows(sum[part], r);
+      bool inside = key + 8 * r < work.part.band.seqlen_k;
+      if (inside && leader) spoilt.rows[which][warp][r] = rows;
       if (params.accumulate && (rows >> threadIdx.x % 32 & 1)) inside = false;
-      write_gradient<C.element>(params, sum, r, factor, inside, to, shared.work.batch, sequence.k_row + key + 8 * r, shared.work.head,
-                                first_column, head_dim);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        write_gradient<C.element>(params, sum[part], r, factor, inside, to, work.batch, work.part.sequence.k_row + key + 8 * r, work.head,
+                                  part * kCount * 2, columns);
     }
   }
 
   __device__ __forceinline__ void run() {
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) dk[i] = dv[i] = 0;
+    for (int i = 0; i < C.head_dim / 2; ++i) dk[i] = dv[i] = 0;
     const BlockRange& range = shared.work.mine[keys];
     const int all_begin = ptx::uniform(shared.work.all.begin), all_end = ptx::uniform(shared.work.all.end);
     const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
@@ -313,8 +309,8 @@ struct KeyGradients {
       run_head(shared.work.head * params.group + head, begin, end, full_begin, full_end);
       skip(all_end - end);
     }
-    write(dv, 1, params.dv, 1, params.head_dim_v);
-    write(dk, 0, params.dk, params.scale, params.head_dim);
+    write<1>(&dv, 1, params.dv, 1, params.head_dim_v);
+    write<1>(&dk, 0, params.dk, params.scale, params.head_dim);
   }
 };
 

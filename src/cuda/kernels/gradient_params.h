@@ -22,12 +22,12 @@ struct BackwardConfig {
   int mains;                         // main warpgroups, of 64 keys each
   int stages;                        // steps' q and do in shared memory
   int dq_columns;                    // columns of dq that are multiplied at once
-  bool split;                        // the main warpgroups have the same 64 keys and half of the columns of dk and dv each
+  bool roles;                        // two main warpgroups have the same 64 keys: one dv, the other dk (backward_roles.cuh)
   int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
   bool addends = false;              // the products subtract lse and delta, as further columns; else threads do
   int pace = 0;                      // clocks between additions to dq, so that they do not block everyone's way to shared memory
   bool modified = false;             // softcap or ALiBi
-  TW_HD constexpr int key_tiles() const { return split ? 1 : mains; }
+  TW_HD constexpr int key_tiles() const { return roles ? 1 : mains; }
   TW_HD constexpr int tiles() const { return block_m / kBlockM; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
   TW_HD constexpr int threads() const { return 128 * (mains + 2); }

@@ -1,0 +1,214 @@
+// The backward kernel's main warpgroups for head dimensions above 128, where dk and dv of 64 keys fill the registers of two: one has S, p
+// and dv, the other dP, ds and dk. p goes from one to the other by way of shared memory, thread by thread, to the place that ds takes
+// afterwards. The first is up to a step ahead. The rest is as in backward_sm90.cuh.
+#pragma once
+
+#include "cuda/kernels/backward_sm90.cuh"
+
+namespace tilewise {
+
+// Sums of 64 keys, in halves where a product cannot be as wide.
+template <int kColumns>
+struct KeySums {
+  static constexpr int kParts = kColumns > 192 ? 2 : 1, kWidth = kColumns / kParts;
+  float of[kParts][kWidth / 2];
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (auto& part : of)
+#pragma unroll
+      for (float& x : part) x = 0;
+  }
+  __device__ __forceinline__ void hold() {
+#pragma unroll
+    for (auto& part : of) tile::hold(part);
+  }
+};
+
+// What both have in common.
+template <BackwardConfig C>
+struct KeyRole : KeyGradients<C> {
+  using Base = KeyGradients<C>;
+  using Base::leader, Base::p, Base::params, Base::rows, Base::s, Base::shared, Base::slot;
+
+  // sum += p^T times a step's q or do.
+  template <int kColumns, class T>
+  __device__ __forceinline__ void add_product(KeySums<kColumns>& sum, const T& queries) {
+    ptx::wgmma_fence();
+    const uint32_t b = tile::operand(queries.bytes, T::kPanelBytes);
+#pragma unroll
+    for (int part = 0; part < sum.kParts; ++part)
+#pragma unroll
+      for (int step = 0; step < kBlockM / 16; ++step)
+        ptx::Wgmma<C.element, sum.kWidth>::rs(sum.of[part], p + 4 * step,
+                                              b + ((part * sum.kWidth / 64 * T::kPanelBytes + step * 2048) >> 4), 1);
+    ptx::wgmma_commit();
+  }
+  // Of the step before.
+  __device__ __forceinline__ void hand_back(tile::Barrier (&empty)[C.stages], bool any) {
+    empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader && any);
+  }
+  // All query heads of the group, whose steps are the same.
+  template <class Role>
+  static __device__ __forceinline__ void run_heads(Role& role, tile::Barrier& keys_full) {
+    const BackwardWork& work = role.shared.work;
+    const int begin = ptx::uniform(work.all.begin), end = ptx::uniform(work.all.end);
+    const bool whole = work.n_begin + 64 <= work.part.band.seqlen_k;  // else every step is at the edge
+    const int full_begin = ptx::uniform(work.all.full_begin), full_end = ptx::uniform(whole ? work.all.full_end : 0);
+    if (begin == end) return;
+    keys_full.wait(0);
+    for (int head = 0; head < role.params.group; ++head)
+      role.run_head(work.head * role.params.group + head, begin, end, full_begin, full_end);
+  }
+};
+
+// S, p and dv. Nothing is waited for between having p and passing it on, and the scores of the next step come after dV: q may be late.
+template <BackwardConfig C>
+struct ScoreRole : KeyRole<C> {
+  using Base = KeyRole<C>;
+  using Base::leader, Base::p, Base::params, Base::rows, Base::s, Base::shared, Base::slot;
+  KeySums<C.head_dim_v> dv;
+
+  // p, times the softcap's derivative.
+  __device__ __forceinline__ void pass_p() {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint4& place = Base::my_place(j);
+      uint32_t x[4] = {p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]};
+      if constexpr (C.modified) {
+        const uint32_t slopes[4] = {place.x, place.y, place.z, place.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          x[n] = ptx::pack<C.element>(s[8 * j + 2 * n] * Base::half_of(slopes[n], 0), s[8 * j + 2 * n + 1] * Base::half_of(slopes[n], 1));
+      }
+      place = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+    __syncwarp();
+    shared.p_full[slot.stage()].arrive_if(leader);
+    slot.advance();
+  }
+  __device__ __forceinline__ void issue_dv() {
+    shared.do_full[rows.stage].wait(rows.parity);
+    Base::add_product(dv, shared.do_[rows.stage]);
+  }
+  __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
+    shared.q_full[rows.stage].wait(rows.parity);
+    Base::issue_scores();
+    for (int m = begin;; ++m) {
+      Base::wait_for_slot();
+      Base::read_rows(0);
+      ptx::wgmma_wait<1>();  // dV of the step before
+      tile::hold(p);
+      Base::hand_back(shared.do_empty, m > begin);
+      ptx::wgmma_wait<0>();  // S
+      tile::hold(s);
+      Base::probabilities(head, m, m < full_begin || m >= full_end);
+      Base::pack(s, p);
+      pass_p();
+      if (m + 1 == end) break;
+      issue_dv();
+      rows.advance();
+      shared.q_full[rows.stage].wait(rows.parity);
+      Base::issue_scores();
+    }
+    issue_dv();
+    rows.advance();
+    ptx::wgmma_wait<0>();
+    tile::hold(p);
+    dv.hold();
+    Base::hand_back(shared.do_empty, true);
+  }
+  __device__ __forceinline__ void run() {
+    dv.clear();
+    Base::run_heads(*this, shared.k_full);
+    Base::template write<dv.kParts>(dv.of, 1, params.dv, 1, params.head_dim_v);
+  }
+};
+
+// dP, ds and dk. Between having ds and passing it on nothing is waited for either.
+template <BackwardConfig C>
+struct ScoreGradientRole : KeyRole<C> {
+  using Base = KeyRole<C>;
+  using Base::leader, Base::p, Base::params, Base::rounded, Base::rows, Base::s, Base::shared, Base::slot;
+  KeySums<C.head_dim> dk;
+
+  __device__ __forceinline__ void take_p() {
+    shared.p_full[slot.stage()].wait(slot.parity());
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint4 four = Base::my_place(j);
+      p[4 * j] = four.x, p[4 * j + 1] = four.y, p[4 * j + 2] = four.z, p[4 * j + 3] = four.w;
+    }
+    __syncwarp();  // ds takes the place
+  }
+  __device__ __forceinline__ void run_head(int, int begin, int end, int full_begin, int full_end) {
+    Base::issue_dp();
+    ptx::wgmma_wait<0>();  // from here on a product of dk is behind dP
+    for (int m = begin;; ++m) {
+      shared.q_full[rows.stage].wait(rows.parity);
+      Base::read_rows(1);
+      ptx::wgmma_wait<1>();  // dP
+      tile::hold(s);
+      shared.do_empty[rows.stage].arrive_if(leader);
+      Base::subtract_delta(s);
+      if (m < full_begin || m >= full_end) Base::mask(s, m);  // 0 times what is not finite
+      Base::pack(s, rounded);
+      if constexpr (Base::kPairs) tile::hold(rounded);  // before the wait
+      ptx::wgmma_wait<0>();                             // dK of the step before
+      tile::hold(p);
+      Base::hand_back(shared.q_empty, m > begin);
+      take_p();
+      Base::score_gradients(s, rounded);
+      tile::hold(p);
+      Base::store_ds();
+      const int stage = rows.stage;
+      rows.advance();
+      if (m + 1 == end) break;
+      Base::issue_dp();
+      Base::add_product(dk, shared.q[stage]);
+    }
+    Base::add_product(dk, shared.q[rows.stage == 0 ? C.stages - 1 : rows.stage - 1]);
+    ptx::wgmma_wait<0>();
+    tile::hold(p);
+    dk.hold();
+    Base::hand_back(shared.q_empty, true);
+  }
+  __device__ __forceinline__ void run() {
+    dk.clear();
+    Base::run_heads(*this, shared.v_full);
+    Base::template write<dk.kParts>(dk.of, 0, params.dk, params.scale, params.head_dim);
+  }
+};
+
+template <class Row>
+__global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(const __grid_constant__ BackwardParams params) {
+  constexpr BackwardConfig C = Row::kConfig;
+  static_assert(sizeof(BackwardShared<C>) <= 227 << 10 && C.mains == 2 && C.block_m == kBlockM);
+  extern __shared__ __align__(1024) unsigned char memory[];
+  BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
+  if (threadIdx.x == 0) shared.init_barriers();
+  shared.clear_columns(params.head_dim, params.head_dim_v);
+  if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
+  __syncthreads();
+  ptx::launch_dependents();
+  const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
+  if (warpgroup == 3) {
+    ptx::give_registers<kLoaderRegisters>();
+    if (threadIdx.x % 128 == 0) Loader<C>{params, shared}.run_q();
+    if (threadIdx.x % 128 == 32) Loader<C>{params, shared}.run_do();
+    if (threadIdx.x % 128 == 64 && params.deterministic) Turns<C>{params, shared}.run();
+  } else if (warpgroup == 0) {
+    ptx::give_registers<C.dq_registers>();
+    QueryGradients<C>{params, shared}.run();
+  } else {
+    ptx::take_registers<C.main_registers>();
+    if (warpgroup == 1) {
+      ScoreRole<C> role{{{params, shared, 0}}};
+      role.run();
+    } else {
+      ScoreGradientRole<C> role{{{params, shared, 1}}};
+      role.run();
+    }
+  }
+}
+
+}  // namespace tilewise
