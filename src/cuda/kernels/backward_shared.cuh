@@ -25,7 +25,7 @@ struct BackwardShared {
   tile::Tile<C.roles ? 8 : C.block_m, kRows> nothing;                          // zeros, for keys that a step's queries do not see
   static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
   alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];            // gradient_params.h
-  alignas(256) unsigned char select[C.addends ? 2 : 1][256];  // 8 rows with 1 for lse's columns of the addends, and for delta's
+  alignas(256) unsigned char ones[256];                                        // 8 rows with 1 for the columns of the addends
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
@@ -40,11 +40,11 @@ struct BackwardShared {
     for (auto& tile : q) tile::clear_panels(tile, head_dim, thread, threads);
     for (auto& tile : do_) tile::clear_panels(tile, head_dim_v, thread, threads);
   }
-  __device__ __forceinline__ void init_select() {
-    const int which = static_cast<int>(threadIdx.x) / 16, row = static_cast<int>(threadIdx.x) / 2 % 8, half = threadIdx.x % 2;
-    if (which > 1) return;
-    const bool here = half == which;  // three bfloat16
-    *reinterpret_cast<uint4*>(select[which] + tile::narrow_offset(row, half)) = make_uint4(here ? 0x3f803f80 : 0, here ? 0x3f80 : 0, 0, 0);
+  __device__ __forceinline__ void init_ones() {
+    const int row = static_cast<int>(threadIdx.x) / 2, half = threadIdx.x % 2;
+    if (row >= 8) return;
+    const bool here = half == 0;  // three bfloat16
+    *reinterpret_cast<uint4*>(ones + tile::narrow_offset(row, half)) = make_uint4(here ? 0x3f803f80 : 0, here ? 0x3f80 : 0, 0, 0);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
   __device__ __forceinline__ void init_barriers() {

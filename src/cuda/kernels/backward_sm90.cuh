@@ -41,7 +41,7 @@ struct KeyGradients {
   __device__ __forceinline__ void add_rows(int which) {
     if constexpr (C.addends)
       ptx::Wgmma<ptx::Element::kBFloat16, C.block_m>::template ss<ptx::kNarrowRepeated, ptx::kNarrow>(
-          s, tile::operand(shared.select[which], 16), tile::operand(shared.rows[rows.stage], 16), 1);
+          s, tile::operand(shared.ones, 16), tile::operand(shared.rows[rows.stage] + which * (kAddendBytes / 2), 16), 1);
   }
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
@@ -266,8 +266,8 @@ struct KeyGradients {
     rows.advance();
   }
 
-  // A gradient of these keys, dk (which 0) or dv (1), in kParts runs of columns. Rows that are not finite are told to the postprocess kernel
-  // (gradient_rows.cuh), and left to it where they would be added.
+  // A gradient of these keys, dk (which 0) or dv (1), in kParts runs of columns. Rows that are not finite are told to the postprocess
+  // kernel (gradient_rows.cuh), and left to it where they would be added.
   template <int kParts, int kCount>
   __device__ __forceinline__ void write(const float (*sum)[kCount], int which, const Elements& to, float factor, int columns) {
     const BackwardWork& work = shared.work;
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers();
   if (params.head_dim < C.head_dim || params.head_dim_v < C.head_dim_v) shared.clear_columns(params.head_dim, params.head_dim_v);
-  if constexpr (C.addends) shared.init_select();
+  if constexpr (C.addends) shared.init_ones();
   if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
   __syncthreads();
   ptx::launch_dependents();

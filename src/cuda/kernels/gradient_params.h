@@ -11,7 +11,7 @@ namespace tilewise {
 
 constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows: the workspace's unit
 constexpr int kRowFloats = 2 * kBlockM;
-constexpr int kAddendBytes = kBlockM * 32;
+constexpr int kAddendBytes = 2 * kBlockM * 32;
 constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
 
 // All that changes the instructions of the inner loop.
@@ -63,8 +63,8 @@ struct BackwardParams {
   long long tiles, key_tiles;  // of one head in the workspace
   float* dq_sum;               // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
   float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
-  unsigned char* addends;      // [head][tile][64] rows of 16 bfloat16: three whose sum is -lse / scale, and from column 8 on three for
-                               // -delta; or null, where rows are used
+  unsigned char* addends;      // [head][tile][2][64] rows of 16 bfloat16, of which the sum of three is -lse / scale, and -delta; or null,
+                               // where rows are used
   float* dsink_sum;            // [head][tile]
   int* turn;                   // [head][tile]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt;          // [key/value head][tile of keys]

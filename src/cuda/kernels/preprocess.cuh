@@ -36,11 +36,11 @@ __device__ __forceinline__ RowTile find_key_tile(const BackwardParams& p) {
   return {head < heads ? place.batch : -1, head, place.block};
 }
 
-// Three bfloat16 whose sum is x to 24 bits, and zeros. Finite, since they are multiplied by 0 too.
+// Three bfloat16 whose sum is x to 24 bits, and zeros.
 __device__ __forceinline__ uint4 split(float x) {
   constexpr auto kElement = ptx::Element::kBFloat16;
-  x = fminf(fmaxf(x, -3e38F), 3e38F);
   const uint32_t high = ptx::pack<kElement>(x, 0);
+  if (!(fabsf(x) < INFINITY)) return make_uint4(high, 0, 0, 0);
   x -= ptx::to_float<kElement>(static_cast<uint16_t>(high));
   const uint32_t middle = ptx::pack<kElement>(x, 0);
   x -= ptx::to_float<kElement>(static_cast<uint16_t>(middle));
@@ -51,8 +51,11 @@ __device__ __forceinline__ uint4 split(float x) {
 __device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta) {
   if (p.addends) {
     unsigned char* addends = p.addends + tile * kAddendBytes;
-    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 0)) = split(lse / p.scale_log2);
-    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 1)) = split(delta);
+    for (const float x : {lse / p.scale_log2, delta}) {
+      *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 0)) = split(x);
+      *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 1)) = make_uint4(0, 0, 0, 0);
+      addends += kAddendBytes / 2;
+    }
     return;
   }
   float* rows = p.rows + tile * kRowFloats + row_place(row);
