@@ -21,11 +21,11 @@ TW_BACKWARD_SHAPE(Backward96, .head_dim = 96, .head_dim_v = 96, .block_m = 64, .
 TW_BACKWARD_SHAPE(Backward128, .head_dim = 128, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64, .roles = false,
                   .main_registers = 208, .dq_registers = 72, .addends = true)
 TW_BACKWARD_SHAPE(Backward192x128, .head_dim = 192, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 4, .dq_columns = 64,
-                  .roles = true, .main_registers = 208, .dq_registers = 72, .pace = 30)
+                  .roles = true, .main_registers = 208, .dq_registers = 72)
 TW_BACKWARD_SHAPE(Backward192, .head_dim = 192, .head_dim_v = 192, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64, .roles = true,
-                  .main_registers = 208, .dq_registers = 72, .pace = 30)
+                  .main_registers = 208, .dq_registers = 72)
 TW_BACKWARD_SHAPE(Backward256, .head_dim = 256, .head_dim_v = 256, .block_m = 64, .mains = 2, .stages = 2, .dq_columns = 64, .roles = true,
-                  .main_registers = 208, .dq_registers = 72, .pace = 30)
+                  .main_registers = 208, .dq_registers = 72)
 #undef TW_BACKWARD_SHAPE
 
 struct BackwardRow {

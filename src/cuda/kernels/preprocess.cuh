@@ -153,8 +153,10 @@ __device__ __forceinline__ void repair_keys(const BackwardParams& p) {
   const PlainGradients<kElement> plain{p, part, at.batch};
   const int warp = static_cast<int>(threadIdx.x) / 32, begin = at.tile * kBlockM + 16 * warp;
 #pragma unroll 1
-  for (int i = 0; i < 32 && begin + i % 16 < part.sequence.seqlen_k; ++i)
-    if (spoilt.rows[i / 16][warp][i % 16 / 8] >> i % 8 * 4 & 1) plain.repair_key(i / 16, at.head, begin + i % 16);
+  for (int i = 0; i < min_of(16, part.sequence.seqlen_k - begin); ++i)
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which)
+      if (spoilt.rows[which][warp][i / 8] >> i % 8 * 4 & 1) plain.repair_key(which, at.head, begin + i);
 }
 
 // The last num_heads CTAs write dsink, the others a tile of dq, and look after one of dk and dv.
