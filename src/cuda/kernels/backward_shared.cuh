@@ -24,8 +24,9 @@ struct BackwardShared {
   tile::Tile<C.block_m, kRows> ds[kSlots][C.key_tiles()];                      // queries are rows, 64 keys columns
   tile::Tile<C.roles ? 8 : C.block_m, kRows> nothing;                          // zeros, for keys that a step's queries do not see
   static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
-  alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];            // gradient_params.h
-  alignas(256) unsigned char ones[256];                                        // 8 rows with 1 for the columns of the addends
+  // 8 rows with 1 for the columns of the addends. Not last: memcheck takes them for the 64 rows that the product sees.
+  alignas(256) unsigned char ones[256];
+  alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];  // gradient_params.h
   BackwardWork work;
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
