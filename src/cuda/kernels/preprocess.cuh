@@ -141,69 +141,129 @@ __device__ __forceinline__ void write_dsink(const BackwardParams& p, int head) {
   if (thread == 0) p.dsink[head] = static_cast<float>(warps[0] + warps[1] + warps[2] + warps[3]);
 }
 
-// Rows of dk and dv that are not finite and should be. By 128 threads: a warp has 16 keys.
+// What a CTA of the postprocess kernel works on: the sums of its tile of dq, and the rows of its tile of dk and dv that are not finite.
+struct RowSums {
+  RowTile at;
+  Trimmed part;
+  const float4* sum;
+  // False: there is no such tile.
+  __device__ __forceinline__ bool find(const BackwardParams& p, int head_dim) {
+    at = find_tile(p);
+    if (at.batch < 0) return false;
+    const Sequence whole = whole_sequence(p, at.batch);
+    part = trimmed_sequence(p, at.batch);
+    const long long tile = at.head * p.tiles + first_tile(p, whole.q_row, at.batch) + at.tile;
+    sum = reinterpret_cast<const float4*>(p.dq_sum + tile * kBlockM * head_dim);
+    return true;
+  }
+  // 32 columns, as a thread of the tensor cores holds them.
+  __device__ __forceinline__ void read(int columns, float (&x)[16]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 four = sum[(columns / 8 + i) * 128 + static_cast<int>(threadIdx.x)];
+      x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+    }
+  }
+};
+struct KeyRows {
+  RowTile at;
+  Trimmed part;
+  const SpoiltKeys* spoilt;
+  __device__ __forceinline__ bool find(const BackwardParams& p) {
+    at = find_key_tile(p);
+    if (at.batch < 0) return false;
+    const Sequence whole = whole_sequence(p, at.batch);
+    part = trimmed_sequence(p, at.batch);
+    spoilt = p.spoilt + at.head * p.key_tiles + first_key_tile(p, whole.k_row, at.batch) + at.tile;
+    return true;
+  }
+};
+
+// Rows that are not finite, by 128 threads of which a warp has 16. Out of line: such rows are rare, and nothing is kept for them.
 template <ptx::Element kElement>
-__device__ __forceinline__ void repair_keys(const BackwardParams& p) {
-  const RowTile at = find_key_tile(p);
-  if (at.batch < 0) return;
-  const Sequence whole = whole_sequence(p, at.batch);
-  const Trimmed part = trimmed_sequence(p, at.batch);
-  if (at.tile * kBlockM >= part.sequence.seqlen_k) return;
-  const SpoiltKeys& spoilt = p.spoilt[at.head * p.key_tiles + first_key_tile(p, whole.k_row, at.batch) + at.tile];
-  const PlainGradients<kElement> plain{p, part, at.batch};
-  const int warp = static_cast<int>(threadIdx.x) / 32, begin = at.tile * kBlockM + 16 * warp;
+__device__ __noinline__ void repair_queries(const BackwardParams& p, int head_dim) {
+  RowSums rows;
+  rows.find(p, head_dim);
+  const PlainGradients<kElement> plain{p, rows.part, rows.at.batch};
+  const int first = rows.at.tile * kBlockM + static_cast<int>(threadIdx.x) / 32 * 16;
 #pragma unroll 1
-  for (int i = 0; i < min_of(16, part.sequence.seqlen_k - begin); ++i)
+  for (int columns = 0; columns < head_dim; columns += 32) {
+    float x[16];
+    rows.read(columns, x);
+    const unsigned early = tile::infinite_rows(x, 0), late = tile::infinite_rows(x, 1);
+#pragma unroll 1
+    for (int i = 0; i < min_of(16, rows.part.sequence.seqlen_q - first); ++i)
+      if ((i < 8 ? early : late) >> i % 8 * 4 & 1) plain.repair_dq(rows.at.head, first + i, columns);
+  }
+}
+template <ptx::Element kElement>
+__device__ __noinline__ void repair_keys(const BackwardParams& p) {
+  KeyRows keys;
+  keys.find(p);
+  const PlainGradients<kElement> plain{p, keys.part, keys.at.batch};
+  const int warp = static_cast<int>(threadIdx.x) / 32, first = keys.at.tile * kBlockM + 16 * warp;
+#pragma unroll 1
+  for (int i = 0; i < min_of(16, keys.part.sequence.seqlen_k - first); ++i)
 #pragma unroll 1
     for (int which = 0; which < 2; ++which)
-      if (spoilt.rows[which][warp][i / 8] >> i % 8 * 4 & 1) plain.repair_key(which, at.head, begin + i);
+      if (keys.spoilt->rows[which][warp][i / 8] >> i % 8 * 4 & 1) plain.repair_key(which, keys.at.head, first + i);
+}
+
+// dq of a tile: its sums, rounded once.
+template <ptx::Element kElement>
+__device__ __forceinline__ void write_dq(const BackwardParams& p, int head_dim) {
+  RowSums rows;
+  if (!rows.find(p, head_dim)) return;
+  const RowTile& at = rows.at;
+  const Sequence& sequence = rows.part.sequence;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int thread = static_cast<int>(threadIdx.x);
+  const Sequence whole = whole_sequence(p, at.batch);
+  const int outside = p.accumulate ? 0 : whole.seqlen_q - sequence.seqlen_q, units = p.head_dim / 8;
+  for (int i = thread; i < min_of(kBlockM, outside - at.tile * kBlockM) * units; i += 128) {
+    const int row = outside_row(at.tile * kBlockM + i / units, rows.part.q_begin, sequence.seqlen_q);
+    *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + i % units * 8) = make_uint4(0, 0, 0, 0);
+  }
+  if (at.tile * kBlockM >= sequence.seqlen_q) return;
+  const int first = at.tile * kBlockM + tile::this_lane().row;
+  float zero = 0;  // times every sum
+#pragma unroll 2
+  for (int columns = 0; columns < head_dim; columns += 32) {
+    float x[16];
+    rows.read(columns, x);
+#pragma unroll
+    for (const float y : x) zero += 0 * y;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      bool inside = first + 8 * r < sequence.seqlen_q;
+      if (p.accumulate && (tile::infinite_rows(x, r) >> thread % 32 & 1)) inside = false;  // what is added cannot be taken back
+      write_gradient<kElement>(p, x, r, p.scale, inside, p.dq, at.batch, sequence.q_row + first + 8 * r, at.head, columns, p.head_dim);
+    }
+  }
+  // By whole warps: what has been stored is stored again.
+  if (__any_sync(0xffffffff, !(zero == 0))) repair_queries<kElement>(p, head_dim);
+}
+
+// Looks after a tile of dk and dv.
+template <ptx::Element kElement>
+__device__ __forceinline__ void check_keys(const BackwardParams& p) {
+  KeyRows keys;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (!keys.find(p) || keys.at.tile * kBlockM + 16 * warp >= keys.part.sequence.seqlen_k) return;
+  unsigned any = 0;  // with what nobody wrote for keys past the end
+#pragma unroll
+  for (int which = 0; which < 2; ++which) any |= keys.spoilt->rows[which][warp][0] | keys.spoilt->rows[which][warp][1];
+  if (any != 0) repair_keys<kElement>(p);
 }
 
 // The last num_heads CTAs write dsink, the others a tile of dq, and look after one of dk and dv.
 template <ptx::Element kElement>
-__global__ void __launch_bounds__(kPostprocessThreads)
+__global__ void __launch_bounds__(kPostprocessThreads, 10)
     backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int tile_ctas) {
   ptx::wait_for_previous();
   if (static_cast<int>(blockIdx.x) >= tile_ctas) return write_dsink(p, static_cast<int>(blockIdx.x) - tile_ctas);
-  repair_keys<kElement>(p);
-  const RowTile at = find_tile(p);
-  if (at.batch < 0) return;
-  const Sequence whole = whole_sequence(p, at.batch);
-  const Trimmed part = trimmed_sequence(p, at.batch);
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int outside = p.accumulate ? 0 : whole.seqlen_q - part.sequence.seqlen_q, units = p.head_dim / 8;
-  for (int i = thread; i < min_of(kBlockM, outside - at.tile * kBlockM) * units; i += 128) {
-    const int row = outside_row(at.tile * kBlockM + i / units, part.q_begin, part.sequence.seqlen_q);
-    *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + i % units * 8) = make_uint4(0, 0, 0, 0);
-  }
-  const int first = at.tile * kBlockM + tile::this_lane().row;
-  if (at.tile * kBlockM >= part.sequence.seqlen_q) return;
-  const float4* sum =
-      reinterpret_cast<const float4*>(p.dq_sum + (at.head * p.tiles + first_tile(p, whole.q_row, at.batch) + at.tile) * kBlockM * head_dim);
-  const PlainGradients<kElement> plain{p, part, at.batch};
-#pragma unroll 2
-  for (int columns = 0; columns < head_dim; columns += 32) {
-    float x[16];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 part4 = sum[(columns / 8 + i) * 128 + thread];
-      x[4 * i] = part4.x, x[4 * i + 1] = part4.y, x[4 * i + 2] = part4.z, x[4 * i + 3] = part4.w;
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first + 8 * r;
-      const unsigned spoilt = tile::infinite_rows(x, r);
-      const bool inside = row < part.sequence.seqlen_q && !(p.accumulate && (spoilt >> thread % 32 & 1));
-      write_gradient<kElement>(p, x, r, p.scale, inside, p.dq, at.batch, part.sequence.q_row + row, at.head, columns, p.head_dim);
-      if (spoilt == 0) continue;
-      __syncwarp();  // what has been stored is stored again
-      const int warp_row = at.tile * kBlockM + thread / 32 * 16 + 8 * r;
-#pragma unroll 1
-      for (int i = 0; i < 8 && warp_row + i < part.sequence.seqlen_q; ++i)
-        if (spoilt >> 4 * i & 1) plain.repair_dq(at.head, warp_row + i, columns);
-    }
-  }
+  write_dq<kElement>(p, head_dim);
+  check_keys<kElement>(p);
 }
 
 }  // namespace tilewise
