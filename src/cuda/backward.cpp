@@ -168,6 +168,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.deterministic = p.deterministic;
   r.accumulate = p.accumulate;
   r.block_m = c.block_m;
+  r.block_n = c.block_n();
   r.q_tiles = static_cast<int>(counts.q_tiles);
   r.k_tiles = static_cast<int>(counts.k_tiles);
   r.k_blocks = static_cast<int>(counts.k_blocks);

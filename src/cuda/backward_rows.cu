@@ -13,7 +13,6 @@ struct Row {
     config.element = kElement;
     config.modified = kModified;
     if (kModified) config.addends = false;  // the cap comes between
-    if (config.addends) config.pace = 0;    // no reads to be blocked
     return config;
   }
   static constexpr BackwardConfig kConfig = make();

@@ -68,6 +68,7 @@ struct BackwardParams {
   float* dsink_sum;            // [head][tile]
   int* turn;                   // [head][tile]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt;          // [key/value head][tile of keys]
+  int block_n;                 // keys of a CTA of the backward kernel
 };
 
 // The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.

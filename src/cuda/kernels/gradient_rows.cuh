@@ -75,9 +75,9 @@ struct PlainGradients {
   // 32 columns of a row of dq, from `columns` on, that are not finite.
   __device__ void repair_dq(int head, int query, int columns) const {
     const int begin = query / params.block_m * params.block_m, end = min_of(begin + params.block_m, part.band.seqlen_q);
-    const int first = first_key(part.band, query), last = end_key(part.band, query);
-    const int keys_begin = first_key(part.band, begin) / 64 * 64;
-    const int keys_end = min_of(ceil_div(end_key(part.band, end - 1), 64) * 64, part.band.seqlen_k);
+    const int first = first_key(part.band, query), last = end_key(part.band, query), block_n = params.block_n;
+    const int keys_begin = first_key(part.band, begin) / block_n * block_n;  // whole blocks are multiplied, with 0 where nothing is seen
+    const int keys_end = min_of(ceil_div(end_key(part.band, end - 1), block_n) * block_n, part.band.seqlen_k);
     const long long k_row = part.sequence.k_row;
     if (!params.accumulate && !taints(params.k, k_row, keys_begin, first, head / params.group, params.head_dim) &&
         !taints(params.k, k_row, last, keys_end, head / params.group, params.head_dim))
@@ -88,7 +88,7 @@ struct PlainGradients {
     for (int key = first; key < last; ++key) {
       const float ds = pair(head, query, key).ds;
       if (column < params.head_dim) sum += ds * element(params.k, k_row + key, kv_head, column);
-      if (!__any_sync(0xffffffff, sum == sum)) break;
+      if (!__any_sync(0xffffffff, column < params.head_dim && sum == sum)) break;
     }
     write(params.dq, part.sequence.q_row + query, head, column, params.head_dim, sum * params.scale);
   }
@@ -110,12 +110,14 @@ struct PlainGradients {
     for (int columns = 0; columns < head_dim; columns += 32) {
       const int column = columns + lane;
       float sum = 0;
+      bool open = true;  // until every column is NaN
 #pragma unroll 1
-      for (int head = kv_head * params.group; head < (kv_head + 1) * params.group; ++head)
+      for (int head = kv_head * params.group; open && head < (kv_head + 1) * params.group; ++head)
 #pragma unroll 1
-        for (int query = first; query < last; ++query) {
+        for (int query = first; open && query < last; ++query) {
           const Pair x = pair(head, query, key);
           if (column < head_dim) sum += (dk ? x.ds : x.p) * element(from, part.sequence.q_row + query, head, column);
+          open = __any_sync(0xffffffff, column < head_dim && sum == sum);
         }
       write(dk ? params.dk : params.dv, part.sequence.k_row + key, kv_head, column, head_dim, dk ? sum * params.scale : sum);
     }

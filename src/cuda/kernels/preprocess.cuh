@@ -240,8 +240,9 @@ __device__ __forceinline__ void write_dq(const BackwardParams& p, int head_dim) 
       write_gradient<kElement>(p, x, r, p.scale, inside, p.dq, at.batch, sequence.q_row + first + 8 * r, at.head, columns, p.head_dim);
     }
   }
-  // By whole warps: what has been stored is stored again.
-  if (__any_sync(0xffffffff, !(zero == 0))) repair_queries<kElement>(p, head_dim);
+  if (!__any_sync(0xffffffff, !(zero == 0))) return;
+  __syncwarp();  // what has been stored is stored again
+  repair_queries<kElement>(p, head_dim);
 }
 
 // Looks after a tile of dk and dv.
@@ -258,7 +259,7 @@ __device__ __forceinline__ void check_keys(const BackwardParams& p) {
 
 // The last num_heads CTAs write dsink, the others a tile of dq, and look after one of dk and dv.
 template <ptx::Element kElement>
-__global__ void __launch_bounds__(kPostprocessThreads, 10)
+__global__ void __launch_bounds__(kPostprocessThreads, 8)
     backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int tile_ctas) {
   ptx::wait_for_previous();
   if (static_cast<int>(blockIdx.x) >= tile_ctas) return write_dsink(p, static_cast<int>(blockIdx.x) - tile_ctas);
