@@ -306,3 +306,27 @@ def test_a_model_that_attends_by_itself_is_refused():
     model = transformers.XGLMForCausalLM(config)
     with pytest.raises(NotImplementedError, match="xglm.*attention interface"):
         model(torch.arange(8)[None])
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch cannot take SDPA implementations")
+def test_compiled_model_with_sdpa(monkeypatch):
+    """What attn_implementation="sdpa" computes, where SDPA is tilewise's."""
+    model = pair_of(*DECODERS["llama"])[0]
+    ids, keep = batch_of("none")
+    expected = outputs_of(model, ids, keep, torch.ones(ids.shape))
+    model.set_attn_implementation("sdpa")
+    calls, call = [], tilewise.torch._core.Call
+    monkeypatch.setattr(tilewise.torch._core, "Call", lambda *args: (calls.append(args), call(*args))[1])
+    tilewise.torch.install()
+    torch.nn.attention.activate_flash_attention_impl("tilewise")
+    torch.compiler.reset()
+    try:
+        model.compile()
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, expected[0], rtol=2e-4, atol=2e-5)
+        assert len(calls) == 2  # layers
+        assert_same(expected, outputs_of(model, ids, None, torch.ones(ids.shape)))
+        assert len(calls) == 2 + 4
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+        torch.compiler.reset()
