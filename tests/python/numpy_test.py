@@ -186,6 +186,8 @@ def test_errors_name_argument_value_and_rule():
         (TypeError, "problem 4096 is not a string", lambda: tilewise.explain(4096)),
         (TypeError, "device 'cpu' is not a tilewise.Device", lambda: tilewise.explain("q8 d64", "cpu")),
         (TypeError, "lengths_q 'ab' is not a sequence", lambda: tilewise.explain("q8 d64", lengths_q="ab")),
+        (TypeError, r"lengths_k \[2.5\] is not a sequence of whole", lambda: tilewise.explain("q8 d64", lengths_k=[2.5])),
+        (TypeError, "lengths_k 5 is not a sequence of whole", lambda: tilewise.explain("q8 d64", lengths_k=5)),
         (TypeError, "v is None", lambda: tilewise.attention(q, k, None)),
     ):
         with pytest.raises(error, match=sentence):
@@ -215,6 +217,8 @@ def test_explain_and_devices():
     assert explanation.masked_tiles > 0 and explanation.flops == 2 * 5 * 64 * 8 * (512 * 513 / 2)
     shorter = tilewise.explain("b2 packed tq300 tk300 q200 d64", lengths_q=[200, 100], lengths_k=[200, 100])
     assert shorter.flops == 4 * 64 * (200**2 + 100**2)
+    lengths = {name: (np.int64(length) for length in (200, 100)) for name in ("lengths_q", "lengths_k")}
+    assert tilewise.explain("b2 packed tq300 tk300 q200 d64", **lengths).flops == shorter.flops
     cpu = tilewise.devices()[0]
     assert cpu.type == "cpu" and cpu.units >= 1 and tilewise.Device.cpu(3).units == 3
 
