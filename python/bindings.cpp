@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <iterator>
 #include <memory>
+#include <optional>
 
 #include "tilewise/explain.hpp"
 #include "tilewise/memory.hpp"

@@ -121,7 +121,7 @@ def _observed(*tensors):
 
 def _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink):
     for name, x in dict(locals()).items():
-        if not isinstance(x, torch.Tensor) and (x is not None or name in "qkv"):
+        if not isinstance(x, torch.Tensor) and (x is not None or name in ("q", "k", "v")):
             raise TypeError(f"{name} is {'None' if x is None else 'of type ' + type(x).__name__}, not a PyTorch tensor")
         if x is not None and x.is_nested:
             raise NotImplementedError(f"{name} is a nested tensor, which tilewise does not read: give its rows packed, with cu_seqlens")
@@ -293,6 +293,15 @@ def _apply(apply, run, *arguments):
         return apply(torch.enable_grad()(run), *arguments)  # apply() turns gradients off, which the levels below may need
 
 
+def _apply_forward(run, arguments):
+    (q, k, v), options = arguments[:3], arguments[3:]
+    return _apply(_attend, lambda q, k, v, options: run(q, k, v, *options), True, q, k, v, options[_SINK], options)
+
+
+def _apply_backward(run, arguments):
+    return _apply(_differentiate, run, *arguments)
+
+
 def _refuse_tangents(arguments):
     for x in arguments:
         if isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
@@ -330,11 +339,8 @@ for _key in ("CPU", "CUDA"):
     _library.impl("forward", _forward_operator, _key)
     _library.impl("backward", _backward_operator, _key)
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
-# fmt: off
-_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(
-    _attend, lambda q, k, v, options: run(q, k, v, *options), True, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
-# fmt: on
-_library.impl("backward", _differentiable(_backward, lambda run, x: _apply(_differentiate, run, *x)), "Autograd")
+_library.impl("forward", _differentiable(_forward, _apply_forward), "Autograd")
+_library.impl("backward", _differentiable(_backward, _apply_backward), "Autograd")
 
 
 # --- vmap: the mapped dimension becomes a part of the batch ---
