@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 import warnings
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":  # it is there, and something that it needs is not
+        raise
+    raise ModuleNotFoundError("tilewise.torch needs PyTorch, which is not installed: pip install torch", name="torch") from None
 
 from . import _core
 from ._arrays import Alignment, band
@@ -93,8 +98,10 @@ def attention(
                 return _attend(_forward_kernel, return_lse, q, k, v, sink, options)
             o, lse = _forward_kernel(q, k, v, options, return_lse)
             return (o, lse) if return_lse else o
-        except _core.Unreadable:  # the dispatcher may know such a tensor
-            _check_tensors(*tensors)
+        except RuntimeError as error:
+            _check_tensors(*tensors)  # a sparse tensor fails in PyTorch's words
+            if not isinstance(error, _core.Unreadable):  # the dispatcher may know such a tensor
+                raise
     o, lse = _forward(q, k, v, *options)
     return (o, lse) if return_lse else o
 
@@ -125,6 +132,8 @@ def _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes,
             raise TypeError(f"{name} is {'None' if x is None else 'of type ' + type(x).__name__}, not a PyTorch tensor")
         if x is not None and x.is_nested:
             raise NotImplementedError(f"{name} is a nested tensor, which tilewise does not read: give its rows packed, with cu_seqlens")
+        if x is not None and x.layout is not torch.strided:
+            raise NotImplementedError(f"{name} has layout {x.layout}, which tilewise does not read: give it dense, as to_dense() makes it")
 
 
 # --- The operators on real memory ---

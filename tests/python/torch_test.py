@@ -191,6 +191,11 @@ def test_errors_name_argument_value_and_rule():
         (TypeError, r"q has dtype torch\.float8_e4m3fn", lambda: attention(q.to(torch.float8_e4m3fn), k, v)),
         (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]]), k, v)),
         (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]], layout=torch.jagged), k, v)),
+        (NotImplementedError, "q has layout torch.sparse_coo", lambda: attention(q.to_sparse(), k, v)),
+        (NotImplementedError, "v has layout torch.sparse_coo", lambda: attention(q.clone().requires_grad_(), k, v.to_sparse())),
+        (NotImplementedError, "k has layout torch.sparse_csr", lambda: attention(q, k[0, 0].to_sparse_csr(), v)),
+        (TypeError, r"alibi_slopes has dtype (torch\.)?float64, but it must be float32", lambda: attention(q, k, v, alibi_slopes=torch.zeros(4).double())),
+        (ValueError, "q has dtype int32, which is none of", lambda: attention(q.int(), k, v)),
         (ValueError, r"alibi_slopes has shape \[0\]", lambda: attention(q, k, v, alibi_slopes=torch.zeros(0))),
         (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
     ):
