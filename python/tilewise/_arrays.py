@@ -62,8 +62,8 @@ def attention(
     Returns o, shaped as q with head_dim_v, in q's framework; with return_lse (o, lse), where lse is float32 [batch, num_heads_q, seqlen_q]
     or [num_heads_q, total_q], the natural logarithm of the sum of exponentials. A row that sees no key is 0, its lse -inf (or its sink).
 
-    Raises ValueError for arguments that contradict each other, TypeError for types, NotImplementedError where no kernel takes the problem;
-    the message names argument, value and rule.
+    Raises ValueError for arguments that contradict each other, TypeError for objects and element types that are not known,
+    NotImplementedError where no kernel takes the problem; the message names argument, value and rule.
     """
     options = dict(locals())
     if _is_torch(q):
