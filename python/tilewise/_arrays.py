@@ -215,7 +215,8 @@ class _DLPack:
     def __init__(self, q):
         if not hasattr(q, "__dlpack_device__"):
             raise TypeError(
-                f"q is of type {type(q).__name__}, which is not read: NumPy's arrays, PyTorch's tensors and everything with __dlpack__ will do"
+                f"q is of type {type(q).__name__}, which is not read: NumPy's arrays, PyTorch's tensors and everything with __dlpack__ "
+                "will do"
             )
         device_type, index = (int(x) for x in q.__dlpack_device__())
         self._cuda = device_type not in (_CPU, 3)  # 3: pinned memory of the host

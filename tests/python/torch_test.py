@@ -194,7 +194,8 @@ def test_errors_name_argument_value_and_rule():
         (NotImplementedError, "q has layout torch.sparse_coo", lambda: attention(q.to_sparse(), k, v)),
         (NotImplementedError, "v has layout torch.sparse_coo", lambda: attention(q.clone().requires_grad_(), k, v.to_sparse())),
         (NotImplementedError, "k has layout torch.sparse_csr", lambda: attention(q, k[0, 0].to_sparse_csr(), v)),
-        (TypeError, r"alibi_slopes has dtype (torch\.)?float64, but it must be float32", lambda: attention(q, k, v, alibi_slopes=torch.zeros(4).double())),
+        (TypeError, r"alibi_slopes has dtype (torch\.)?float64, but it must be float32",
+         lambda: attention(q, k, v, alibi_slopes=torch.zeros(4).double())),
         (ValueError, "q has dtype int32, which is none of", lambda: attention(q.int(), k, v)),
         (ValueError, r"alibi_slopes has shape \[0\]", lambda: attention(q, k, v, alibi_slopes=torch.zeros(0))),
         (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
@@ -363,7 +364,8 @@ def test_vmap_folds_into_the_batch(name, shared_keys, monkeypatch):
             torch.testing.assert_close(a[i], b)
 
 
-SDPA = pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch cannot take SDPA implementations")
+HAS_SDPA = hasattr(torch.nn.attention, "register_flash_attention_impl")
+SDPA = pytest.mark.skipif(not HAS_SDPA, reason="this PyTorch cannot take SDPA implementations")
 
 
 @SDPA
@@ -413,7 +415,10 @@ LAYOUTS = {  # [batch, heads, seqlen, dim], as it may lie in memory
 
 def promised(operator, *arguments):
     """What PyTorch's meta kernel says of an operator's results, which torch.compile believes."""
-    to_meta = lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x  # noqa: E731
+
+    def to_meta(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
+
     return operator(*(to_meta(x) for x in arguments))
 
 
