@@ -13,6 +13,8 @@
 #include <filesystem>
 #include <iterator>
 #include <memory>
+#include <optional>
+#include <string_view>
 
 #include "tilewise/explain.hpp"
 #include "tilewise/memory.hpp"
@@ -66,9 +68,11 @@ Place place_of(const char* name, int device_type, int index) {
 }
 
 [[noreturn]] void wrong_dtype(const char* name, const std::string& dtype) {
-  PyErr_SetString(
-      PyExc_TypeError,
-      (std::string(name) + " has dtype " + dtype + ", which is none of float32, bfloat16, float16 and (lengths only) int32").c_str());
+  const auto is_one_of = [&](std::initializer_list<std::string_view> names) { return std::ranges::find(names, name) != names.end(); };
+  const char* rule = is_one_of({"cu_seqlens_q", "cu_seqlens_k", "seqused_k"}) ? ", but it must be int32"
+                     : is_one_of({"sink", "alibi_slopes", "lse", "dlse"})     ? ", but it must be float32"
+                                                                              : ", which is none of float32, bfloat16, float16";
+  PyErr_SetString(PyExc_TypeError, (std::string(name) + " has dtype " + dtype + rule).c_str());
   throw nb::python_error();
 }
 
@@ -227,8 +231,8 @@ Tensor tensor_of(const char* name, nb::handle source) {
     return tensor;
   }
   if (!nb::try_cast(source, tensor.owner)) {
-    PyErr_SetString(PyExc_TypeError, (std::string(name) + " is a " + nb::cast<std::string>(nb::str(source.type())) +
-                                      ", not an array: NumPy, PyTorch and everything with __dlpack__ will do")
+    PyErr_SetString(PyExc_TypeError, (std::string(name) + " is of type " + nb::cast<std::string>(source.type().attr("__name__")) +
+                                      ", which is not read: NumPy's arrays, PyTorch's tensors and everything with __dlpack__ will do")
                                          .c_str());
     throw nb::python_error();
   }
@@ -463,6 +467,7 @@ NB_MODULE(_core, m) {
         for (auto [dtype, ours] : dtypes) torch().dtypes.emplace_back(nb::borrow(dtype), nb::cast<DataType>(ours));
       },
       "tensor_type"_a, "dtypes"_a, "Tells what PyTorch's tensors are: torch.Tensor, and DataType by torch.dtype.");
+  m.def("refuse_dtype", &wrong_dtype, "name"_a, "dtype"_a, "Raises TypeError: the type is none that this argument may have.");
   m.def("empty", &empty, "shape"_a, "dtype"_a, "device_type"_a, "device_index"_a, "fill"_a.none(),
         "Memory of a device as an array that speaks DLPack.");
   m.def(

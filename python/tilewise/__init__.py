@@ -8,6 +8,8 @@
 `tilewise.hf` the registration with Hugging Face Transformers. Importing this module imports none of those frameworks.
 """
 
+import operator
+
 from . import _core
 from ._arrays import Gradients, attention, attention_backward
 from ._core import Device, Explanation, devices
@@ -30,7 +32,8 @@ def explain(problem: str, device: Device | None = None, *, lengths_q=(), lengths
         raise TypeError(f"device {device!r} is not a tilewise.Device: Device.cpu(), Device.cuda(0), or one of devices()")
     lengths = []
     for name, given in (("lengths_q", lengths_q), ("lengths_k", lengths_k)):
-        if isinstance(given, str) or not (hasattr(given, "__iter__") and all(hasattr(n, "__index__") for n in given)):
-            raise TypeError(f"{name} {given!r} is not a sequence of whole numbers")
-        lengths.append([int(n) for n in given])
+        try:
+            lengths.append([operator.index(length) for length in given])
+        except TypeError:
+            raise TypeError(f"{name} {given!r} is not a sequence of whole numbers") from None
     return _core.explain(problem, Device.cpu() if device is None else device, *lengths)

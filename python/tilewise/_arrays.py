@@ -54,16 +54,16 @@ def attention(
     softmax_scale: 1/sqrt(head_dim) where not given. softcap: s becomes softcap * tanh(s / softcap) where above 0.
     alibi_slopes: float32 [num_heads_q] or [batch, num_heads_q]. sink: float32 [num_heads_q], a logit that takes part in the sum.
     cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
-    max_seqlen_q, max_seqlen_k: upper bounds of their lengths; 0: read from cu_seqlens on a CPU, all rows on a GPU. Rows before the first
-    sequence and after the last are 0, their lse -inf.
+    max_seqlen_q, max_seqlen_k: upper bounds of their lengths; 0: read from cu_seqlens on a CPU, all rows on a GPU. A longer sequence is
+    an error on a CPU; a GPU does not look, and may leave rows out. Rows before the first sequence and after the last are 0, their lse -inf.
     seqused_k: int32 [batch], caps the keys of each sequence; one below 0 counts as 0, one above the sequence's length as its length.
     deterministic: bitwise repeatable gradients; on a CPU they always are.
 
     Returns o, shaped as q with head_dim_v, in q's framework; with return_lse (o, lse), where lse is float32 [batch, num_heads_q, seqlen_q]
     or [num_heads_q, total_q], the natural logarithm of the sum of exponentials. A row that sees no key is 0, its lse -inf (or its sink).
 
-    Raises ValueError for arguments that contradict each other, TypeError for types, NotImplementedError where no kernel takes the problem;
-    the message names argument, value and rule.
+    Raises ValueError for arguments that contradict each other, TypeError for objects and element types that are not known,
+    NotImplementedError where no kernel takes the problem; the message names argument, value and rule.
     """
     options = dict(locals())
     if _is_torch(q):
@@ -184,12 +184,12 @@ class _NumPy:
         if x is None:
             return None
         if not _is_numpy(x):
-            raise TypeError(f"{name} is a {type(x).__name__}, but q is a NumPy array")
+            raise TypeError(f"{name} is of type {type(x).__name__}, but q is a NumPy array")
         if hasattr(x, "mask"):  # numpy.ma's, which numpy need not have imported
-            raise TypeError(f"{name} is a {type(x).__name__}, whose mask tilewise does not read: fill it")
+            raise TypeError(f"{name} is of type {type(x).__name__}, whose mask tilewise does not read: fill it")
         dtype = _NUMPY_TYPES.get(x.dtype.name) if x.dtype.isnative else None
         if dtype is None:
-            raise TypeError(f"{name} has dtype {x.dtype.str if not x.dtype.isnative else x.dtype.name}, which is none of {', '.join(_NUMPY_TYPES)}")
+            _core.refuse_dtype(name, x.dtype.name if x.dtype.isnative else x.dtype.str)
         if any(stride % x.itemsize for stride in x.strides):
             raise ValueError(f"{name} has strides of {x.strides} bytes, which are no multiples of its element size {x.itemsize}")
         return x.ctypes.data, dtype, _CPU, 0, x.shape, tuple(stride // x.itemsize for stride in x.strides)
@@ -214,7 +214,10 @@ class _DLPack:
 
     def __init__(self, q):
         if not hasattr(q, "__dlpack_device__"):
-            raise TypeError(f"q is a {type(q).__name__}, not an array: NumPy, PyTorch and everything with __dlpack__ will do")
+            raise TypeError(
+                f"q is of type {type(q).__name__}, which is not read: NumPy's arrays, PyTorch's tensors and everything with __dlpack__ "
+                "will do"
+            )
         device_type, index = (int(x) for x in q.__dlpack_device__())
         self._cuda = device_type not in (_CPU, 3)  # 3: pinned memory of the host
         self._device = (_CUDA, index) if self._cuda else (_CPU, 0)
@@ -245,5 +248,5 @@ class _DLPack:
             return q.__array_namespace__().from_dlpack
         module = sys.modules[type(q).__module__.partition(".")[0]]
         if not hasattr(module, "from_dlpack"):
-            raise TypeError(f"q is a {type(q).__name__}, and {module.__name__} has no from_dlpack to take the result")
+            raise TypeError(f"q is of type {type(q).__name__}, and {module.__name__} has no from_dlpack to take the result")
         return module.from_dlpack

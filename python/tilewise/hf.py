@@ -213,8 +213,8 @@ def _read_dense(dense, batch, seqlen_q, seqlen_k, layers_band):
             if keys is not None:
                 return keys, band
     raise NotImplementedError(
-        f"the attention mask of shape {list(dense.shape)} is more than padding and the layer's band (window {layers_band[0]} keys back, "
-        f"{layers_band[1]} ahead, -1 is unbounded), and tilewise has no other masks or biases yet"
+        f"the attention mask of shape {list(dense.shape)} is more than padding and a band (tried: the layer's window, {layers_band[0]} "
+        f"keys back and {layers_band[1]} ahead, where -1 is unbounded; none; causal), and tilewise has no other masks or biases yet"
     )
 
 
@@ -224,7 +224,7 @@ def _keys_in_band(visible, band):
     keys = visible.any(2).any(1)
     shown = keys.any(0).nonzero()
     end = max(int(shown.max()) + 1, seqlen_q) if len(shown) and band != (-1, -1) else seqlen_k
-    if end < seqlen_q:
+    if band != (-1, -1) and not seqlen_q <= end <= seqlen_k:  # a band has a key at each query's place
         return None
     keys = keys[:, :end]
     key = torch.arange(end, device=visible.device)

@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 import warnings
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":  # it is there, and something that it needs is not
+        raise
+    raise ModuleNotFoundError("tilewise.torch needs PyTorch, which is not installed: pip install torch", name="torch") from None
 
 from . import _core
 from ._arrays import Alignment, band
@@ -93,8 +98,10 @@ def attention(
                 return _attend(_forward_kernel, return_lse, q, k, v, sink, options)
             o, lse = _forward_kernel(q, k, v, options, return_lse)
             return (o, lse) if return_lse else o
-        except _core.Unreadable:  # the dispatcher may know such a tensor
-            _check_tensors(*tensors)
+        except RuntimeError as error:
+            _check_tensors(*tensors)  # a sparse tensor fails in PyTorch's words
+            if not isinstance(error, _core.Unreadable):  # the dispatcher may know such a tensor
+                raise
     o, lse = _forward(q, k, v, *options)
     return (o, lse) if return_lse else o
 
@@ -121,10 +128,12 @@ def _observed(*tensors):
 
 def _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink):
     for name, x in dict(locals()).items():
-        if not isinstance(x, torch.Tensor) and (x is not None or name in "qkv"):
+        if not isinstance(x, torch.Tensor) and (x is not None or name in ("q", "k", "v")):
             raise TypeError(f"{name} is {'None' if x is None else 'of type ' + type(x).__name__}, not a PyTorch tensor")
         if x is not None and x.is_nested:
             raise NotImplementedError(f"{name} is a nested tensor, which tilewise does not read: give its rows packed, with cu_seqlens")
+        if x is not None and x.layout is not torch.strided:
+            raise NotImplementedError(f"{name} has layout {x.layout}, which tilewise does not read: give it dense, as to_dense() makes it")
 
 
 # --- The operators on real memory ---
@@ -155,21 +164,22 @@ def _workspace(call, q):
     return memory, -(-memory.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
 
 
-def _forward_kernel(q, k, v, options, want_lse=True):
+def _forward_kernel(q, k, v, options, want_lse=True, o=None):
     q, k, v = _rows(q), _rows(k), _rows(v)
     threads, stream = _place(q)
     call = _core.Call(_FORWARD, q, k, v, options, threads)
-    o, lse = _forward_outputs(q, v, want_lse)
+    o, lse = _forward_outputs(q, v, want_lse, o)
     memory, workspace = _workspace(call, q)
     call.run(stream, workspace, o, lse)
     return o, lse
 
 
-def _backward_kernel(do, dlse, q, k, v, o, lse, options):
+def _backward_kernel(do, dlse, q, k, v, o, lse, options, gradients=None):
     do, dlse, q, k, v = _gradient(do), _rows(dlse), _rows(q), _rows(k), _rows(v)
     threads, stream = _place(q)
     call = _core.Call(_BACKWARD, q, k, v, options, threads)
-    gradients = _backward_outputs(q, k, v, options[_SINK])
+    if gradients is None:
+        gradients = _backward_outputs(q, k, v, options[_SINK])
     memory, workspace = _workspace(call, q)
     call.run(stream, workspace, o, lse, do, dlse, *gradients)
     return gradients
@@ -191,12 +201,14 @@ def _tensors(dq, dk, dv, dsink):
 # --- What torch.compile needs to know: the same shapes without memory ---
 
 
-def _forward_outputs(q, v, want_lse=True):
+def _forward_outputs(q, v, want_lse=True, o=None):
     if q.dim() == 3:  # rows of no sequence are not written: 0, as rows that see nothing
         rows, heads, _ = q.shape
-        return q.new_zeros((rows, heads, v.shape[-1])), q.new_full((heads, rows), -torch.inf, dtype=torch.float32) if want_lse else None
+        o = q.new_zeros((rows, heads, v.shape[-1])) if o is None else o
+        return o, q.new_full((heads, rows), -torch.inf, dtype=torch.float32) if want_lse else None
     batch, seqlen, heads, dim = q.shape
-    o = _empty_like(q) if dim == v.shape[-1] else q.new_empty((batch, seqlen, heads, v.shape[-1]))
+    if o is None:
+        o = _empty_like(q) if dim == v.shape[-1] else q.new_empty((batch, seqlen, heads, v.shape[-1]))
     return o, q.new_empty((batch, heads, seqlen), dtype=torch.float32) if want_lse else None
 
 
@@ -290,6 +302,15 @@ def _apply(apply, run, *arguments):
         return apply(torch.enable_grad()(run), *arguments)  # apply() turns gradients off, which the levels below may need
 
 
+def _apply_forward(run, arguments):
+    (q, k, v), options = arguments[:3], arguments[3:]
+    return _apply(_attend, lambda q, k, v, options: run(q, k, v, *options), True, q, k, v, options[_SINK], options)
+
+
+def _apply_backward(run, arguments):
+    return _apply(_differentiate, run, *arguments)
+
+
 def _refuse_tangents(arguments):
     for x in arguments:
         if isinstance(x, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
@@ -327,11 +348,8 @@ for _key in ("CPU", "CUDA"):
     _library.impl("forward", _forward_operator, _key)
     _library.impl("backward", _backward_operator, _key)
     _library.impl("forward", _autocast(_key.lower()), f"Autocast{_key}")
-# fmt: off
-_library.impl("forward", _differentiable(_forward, lambda run, x: _apply(
-    _attend, lambda q, k, v, options: run(q, k, v, *options), True, *x[:3], x[3 + _SINK], x[3:])), "Autograd")
-# fmt: on
-_library.impl("backward", _differentiable(_backward, lambda run, x: _apply(_differentiate, run, *x)), "Autograd")
+_library.impl("forward", _differentiable(_forward, _apply_forward), "Autograd")
+_library.impl("backward", _differentiable(_backward, _apply_backward), "Autograd")
 
 
 # --- vmap: the mapped dimension becomes a part of the batch ---
@@ -417,12 +435,14 @@ class _Sdpa:
     def _for_cpu(self, keyset, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
         if attn_mask is not None or q.dtype == torch.float64:
             return self._cpu_forward.call_boxed(keyset, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        return _sdpa_forward(q, k, v, dropout_p, is_causal, scale, top_left=True)
+        o, lse = _sdpa_forward(q, k, v, dropout_p, is_causal, scale, top_left=True)
+        return o, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
     def _for_cpu_backward(self, keyset, do, q, k, v, o, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
         if attn_mask is not None or q.dtype == torch.float64:
             return self._cpu_backward.call_boxed(keyset, do, q, k, v, o, lse, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale, top_left=True)
+        gradients = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v)]
+        return _sdpa_gradients(gradients, do, q, k, v, o, lse, is_causal, scale, top_left=True)
 
 
 def _options(scale, is_causal, top_left, window=(-1, -1), cu_seqlens=(None, None), seqused_k=None, alibi=None, lengths=(0, 0)):
@@ -441,20 +461,39 @@ def _heads_second(*tensors):
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
+# torch.compile believes that results lie in memory as PyTorch's meta kernels (torch/_meta_registrations.py) say: o as q does, gradients
+# on CUDA as what they are of, gradients and lse on a CPU as [batch, seqlen, heads, dim].
+def _forward_into(o, q, k, v, options):
+    """lse, and attention written to o, which may lie in memory as it likes."""
+    rows = _rows(o)
+    _, lse = _forward_kernel(q, k, v, options, o=rows)
+    if rows is not o:
+        o.copy_(rows)
+    return lse
+
+
+def _backward_into(gradients, do, q, k, v, o, lse, options):
+    rows = [_rows(x) for x in gradients]
+    _backward_kernel(do, None, q, k, v, _rows(o), _rows(lse), options, (*rows, None))
+    for x, computed in zip(gradients, rows):
+        if computed is not x:
+            x.copy_(computed)
+
+
 def _sdpa_forward(q, k, v, dropout_p, is_causal, scale, top_left):
     _no_dropout(dropout_p)
-    o, lse = _forward(*_heads_second(q, k, v), *_options(scale, is_causal, top_left))
-    return o.transpose(1, 2), lse
+    o = torch.empty_like(q)
+    return o, _forward_into(*_heads_second(o, q, k, v), _options(scale, is_causal, top_left))
 
 
-def _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale, top_left):
-    do, q, k, v, o = _heads_second(do, q, k, v, o)
-    return _heads_second(*_backward(do, None, q, k, v, o, lse, *_options(scale, is_causal, top_left))[:3])
+def _sdpa_gradients(gradients, do, q, k, v, o, lse, is_causal, scale, top_left):
+    _backward_into(_heads_second(*gradients), *_heads_second(do, q, k, v, o), lse, _options(scale, is_causal, top_left))
+    return tuple(gradients)
 
 
 def _no_dropout_state(q):
     """What PyTorch's operators return about the random numbers of a dropout that did not happen."""
-    return *(torch.empty(shape, dtype=torch.int64, device=q.device) for shape in ((2,), ())), q.new_empty(0)
+    return *(torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ())), q.new_empty(0)
 
 
 # On CUDA PyTorch calls its flash operator for lower-right masks too, and for top-left ones only where both are the same.
@@ -464,13 +503,19 @@ def _sdpa(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, s
 
 
 def _sdpa_backward(do, q, k, v, o, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None):
-    return _sdpa_gradients(do, q, k, v, o, lse, is_causal, scale, top_left=False)
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    return _sdpa_gradients(gradients, do, q, k, v, o, lse, is_causal, scale, top_left=False)
 
 
 def _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, left, right, seqused_k=None, alibi=None):
     window = tuple(-1 if side is None else side for side in (left, right))
     lengths = (0, 0) if cum_seq_q is None else (max_q, max_k)
     return _options(scale, is_causal, False, window, (cum_seq_q, cum_seq_k), seqused_k, alibi, lengths)
+
+
+def _flash_output(x):
+    """Memory for a result like x. Rows of no sequence are not written, and are 0."""
+    return torch.zeros_like(x) if x.dim() == 3 else torch.empty_like(x)
 
 
 # Under aten's own flash operators lies FlashAttention-2's interface: [batch, seqlen, heads, dim] or packed, causal aligned bottom right.
@@ -485,11 +530,14 @@ def _flash(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, re
             if given is not None:
                 raise NotImplementedError(f"{name} is given and a gradient wanted, but PyTorch does not tell {name} to the backward operator")
     options = _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, window_size_left, window_size_right, seqused_k, alibi_slopes)
-    return *_forward(q, k, v, *options), *_no_dropout_state(q)
+    o = _flash_output(q if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1])))
+    return o, _forward_into(o, q, k, v, options), *_no_dropout_state(q)
 
 
 def _flash_backward(do, q, k, v, o, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale=None,
                     window_size_left=None, window_size_right=None):
     options = _flash_options(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, window_size_left, window_size_right)
-    return _backward(do, None, q, k, v, o, lse, *options)[:3]
+    gradients = tuple(_flash_output(x) for x in (q, k, v))
+    _backward_into(gradients, do, q, k, v, o, lse, options)
+    return gradients
 # fmt: on

@@ -58,11 +58,29 @@ std::vector<Candidate> Plan::candidates(const Problem& problem, const Device& de
 
 namespace {
 
+// The starts of packed sequences where the host may read them, else null.
+const int32_t* readable(const Options& options, const TensorView& cu_seqlens) {
+  const bool can = options.device.type == DeviceType::kCpu && cu_seqlens.rank == 1 && cu_seqlens.dtype == DataType::kInt32;
+  return can ? static_cast<const int32_t*>(cu_seqlens.data) : nullptr;
+}
+
+// The caller's bound is made larger below where rows need it, so that run() does not know it: what breaks it is said here.
+Status check_bound(const Options& options, const char* name, const TensorView& cu_seqlens, const char* bound_name, int64_t bound) {
+  const int32_t* starts = bound ? readable(options, cu_seqlens) : nullptr;
+  for (int64_t b = 0; starts && b + 1 < cu_seqlens.shape[0]; ++b) {
+    if (const int64_t rows = int64_t{starts[b + 1]} - starts[b]; rows > bound) {
+      return invalid_argument(std::string(name) + "[" + std::to_string(b + 1) + "] is " + std::to_string(starts[b + 1]) +
+                              ", the end of a sequence of " + std::to_string(rows) + " rows, which is longer than " + bound_name + ' ' +
+                              std::to_string(bound));
+    }
+  }
+  return {};
+}
+
 // The longest sequence where the host may read the lengths, else all rows. Lengths that make no sense are left to run().
 int64_t longest(const Options& options, const TensorView& cu_seqlens, int64_t total) {
-  if (options.device.type != DeviceType::kCpu || cu_seqlens.rank != 1 || cu_seqlens.dtype != DataType::kInt32 || !cu_seqlens.data)
-    return total;
-  const auto* starts = static_cast<const int32_t*>(cu_seqlens.data);
+  const int32_t* starts = readable(options, cu_seqlens);
+  if (!starts) return total;
   int64_t most = 0;
   for (int64_t b = 0; b + 1 < cu_seqlens.shape[0]; ++b) most = std::max<int64_t>(most, int64_t{starts[b + 1]} - starts[b]);
   return std::min(most, total);
@@ -105,6 +123,7 @@ Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, co
                                                    : nullptr;
     if (rule) return invalid_argument(length.name + (' ' + std::to_string(length.value)) + rule);
   }
+  if (q.dtype == DataType::kInt32) return invalid_argument("q has dtype int32, which is none of float32, bfloat16, float16");
   p.pass = pass;
   p.dtype = q.dtype;
   if (p.packed) {
@@ -114,6 +133,10 @@ Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, co
       return invalid_argument("cu_seqlens_q has " + std::to_string(starts.rank) + " dimensions, but it has shape [batch + 1]");
     }
     if (starts.shape[0] < 1) return invalid_argument("cu_seqlens_q has shape [0], but it has shape [batch + 1]");
+    for (const Status& status : {check_bound(options, "cu_seqlens_q", starts, "max_seqlen_q", options.max_seqlen_q),
+                                 check_bound(options, "cu_seqlens_k", options.cu_seqlens_k, "max_seqlen_k", options.max_seqlen_k)}) {
+      if (!status.ok()) return status;
+    }
     p.batch = options.cu_seqlens_q.shape[0] - 1;
     p.total_q = q.shape[0];
     p.total_k = k.shape[0];

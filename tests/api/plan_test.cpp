@@ -459,6 +459,13 @@ TEST(Describe, IsTheProblemOfTheTensors) {
   EXPECT_EQ(refusal([](Options& o) { o.max_seqlen_k = int64_t{1} << 40; }), "max_seqlen_k 1099511627776 is more than 2^30 - 2");
   EXPECT_EQ(refusal([](Options& o) { o.cu_seqlens_q = {}; }), "cu_seqlens_q is missing: packed tensors (cu_seqlens_k is given) need it");
   EXPECT_EQ(refusal([](Options& o) { o.cu_seqlens_q.shape[0] = 0; }), "cu_seqlens_q has shape [0], but it has shape [batch + 1]");
+  EXPECT_EQ(refusal([](Options& o) { o.max_seqlen_q = 6; }),  // 10 rows of 3 sequences: 4 would be room for them
+            "cu_seqlens_q[3] is 10, the end of a sequence of 7 rows, which is longer than max_seqlen_q 6");
+  EXPECT_EQ(refusal([](Options& o) { o.max_seqlen_k = 2; }),
+            "cu_seqlens_k[1] is 4, the end of a sequence of 4 rows, which is longer than max_seqlen_k 2");
+  EXPECT_EQ(refusal([](Options& o) { o.max_seqlen_q = 7, o.max_seqlen_k = 5; }), "");
+  EXPECT_EQ(describe(Pass::kForward, view({2, 5, 8, 64}, DataType::kInt32), k, v).status().message(),
+            "q has dtype int32, which is none of float32, bfloat16, float16");
   options.max_seqlen_k = 9;
   EXPECT_EQ(describe(Pass::kForward, q, k, v, options).status().message(),
             "max_seqlen_k 9 is given, but it is a bound of packed sequences, and no cu_seqlens is given");

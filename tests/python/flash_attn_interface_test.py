@@ -106,5 +106,7 @@ def test_other_refusals():
     starts = torch.tensor([0, 23], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="block_table"):
         fa.flash_attn_varlen_func(q[0], k[0], v[0], starts, starts, 23, 23, block_table=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"cu_seqlens_q\[1\] is 23, the end of a sequence of 23 rows, which is longer than max_seqlen_q 5"):
+        fa.flash_attn_varlen_func(q[0], k[0], v[0], starts, starts, 5, 5)
     with pytest.raises(ValueError, match=r"kv has shape \[2, 23, 3, 4, 16\], but it has 5 dimensions, and 2 in dimension 2"):
         fa.flash_attn_kvpacked_func(q, torch.zeros(2, 23, 3, 4, 16))

@@ -289,6 +289,18 @@ def test_a_mask_of_four_dimensions_counts_more_than_the_layer(causal, says_causa
     torch.testing.assert_close(o[keep], expected[keep])
 
 
+@pytest.mark.parametrize("says_causal", [False, True])
+def test_a_dense_mask_with_more_queries_than_keys(says_causal):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, length, 8) for length in (7, 5, 5))
+    mask = (torch.arange(5) < torch.tensor([5, 3])[:, None])[:, None, None].expand(-1, -1, 7, -1)
+    o, _ = tilewise.hf.attention(None, q, k, v, mask, is_causal=says_causal)
+    torch.testing.assert_close(o.transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    for other in (mask.tril(), mask.tril(-2), mask.tril(1)):
+        with pytest.raises(NotImplementedError, match="more than padding and a band .tried: the layer's window, -1 keys back and"):
+            tilewise.hf.attention(None, q, k, v, other, is_causal=says_causal)
+
+
 def test_what_is_not_there_is_refused():
     _, model = pair_of("LlamaConfig", "LlamaForCausalLM", dict(GROUPED, attention_dropout=0.1))
     ids, keep = batch_of("none")
@@ -306,3 +318,27 @@ def test_a_model_that_attends_by_itself_is_refused():
     model = transformers.XGLMForCausalLM(config)
     with pytest.raises(NotImplementedError, match="xglm.*attention interface"):
         model(torch.arange(8)[None])
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch has no SDPA implementations")
+def test_compiled_model_with_sdpa(monkeypatch):
+    """What attn_implementation="sdpa" computes, where SDPA is tilewise's."""
+    model = pair_of(*DECODERS["llama"])[0]
+    ids, keep = batch_of("none")
+    expected = outputs_of(model, ids, keep, torch.ones(ids.shape))
+    model.set_attn_implementation("sdpa")
+    calls, call = [], tilewise.torch._core.Call
+    monkeypatch.setattr(tilewise.torch._core, "Call", lambda *args: (calls.append(args), call(*args))[1])
+    tilewise.torch.install()
+    torch.nn.attention.activate_flash_attention_impl("tilewise")
+    torch.compiler.reset()
+    try:
+        model.compile()
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, expected[0], rtol=2e-4, atol=2e-5)
+        assert len(calls) == 2  # layers
+        assert_same(expected, outputs_of(model, ids, None, torch.ones(ids.shape)))
+        assert len(calls) == 2 + 4
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+        torch.compiler.reset()

@@ -1,5 +1,6 @@
 """tilewise for NumPy users: values, gradients, layouts, errors, and what importing costs."""
 
+import array
 import itertools
 import os
 import subprocess
@@ -153,12 +154,12 @@ def test_errors_name_argument_value_and_rule():
     for error, sentence, call in (
         (TypeError, "q has dtype float64, which is none of float32, bfloat16, float16", lambda: tilewise.attention(q.astype(float), k, v)),
         (TypeError, "q has dtype >f4", lambda: tilewise.attention(q.astype(">f4"), k, v)),
-        (TypeError, "q is a list, not an array", lambda: tilewise.attention([1.0], k, v)),
-        (TypeError, "v is a float, but q is a NumPy array", lambda: tilewise.attention(q, k, 1.0)),
+        (TypeError, "q is of type list, which is not read", lambda: tilewise.attention([1.0], k, v)),
+        (TypeError, "v is of type float, but q is a NumPy array", lambda: tilewise.attention(q, k, 1.0)),
         (ValueError, "v has dtype float16, but the problem needs float32", lambda: tilewise.attention(q, k, v.astype(np.float16))),
         (ValueError, "num_heads_q 3 is not a multiple of num_heads_kv 2", lambda: tilewise.attention(q[:, :, :3], k, v)),
         (ValueError, r"v has shape \[2, 50, 2, 24\].*seqlen_k 51", lambda: tilewise.attention(q, k, v[:, :50])),
-        (TypeError, "q is a MaskedArray, whose mask", lambda: tilewise.attention(np.ma.masked_array(q, q > 1), k, v)),
+        (TypeError, "q is of type MaskedArray, whose mask", lambda: tilewise.attention(np.ma.masked_array(q, q > 1), k, v)),
         (TypeError, "softmax_scale 'x' is not a number", lambda: tilewise.attention(q, k, v, softmax_scale="x")),
         (TypeError, "softcap None is not a number", lambda: tilewise.attention(q, k, v, softcap=None)),
         (TypeError, "max_seqlen_k '5' is not a whole number", lambda: tilewise.attention(q, k, v, max_seqlen_k="5")),
@@ -166,7 +167,7 @@ def test_errors_name_argument_value_and_rule():
         (ValueError, "max_seqlen_q 37 is given, but", lambda: tilewise.attention(q, k, v, max_seqlen_q=37)),
         (ValueError, "max_seqlen_k -2 is negative", lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_q=packed, cu_seqlens_k=packed, max_seqlen_k=-2)),
         (ValueError, "cu_seqlens_q is missing", lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_k=packed)),
-        (ValueError, r"cu_seqlens_q\[1\] is 30, a sequence longer than max_seqlen_q .*: 20",
+        (ValueError, r"cu_seqlens_q\[1\] is 30, the end of a sequence of 30 rows, which is longer than max_seqlen_q 20",
          lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_q=two, cu_seqlens_k=two, max_seqlen_q=20)),
         (ValueError, "q has 3 dimensions", lambda: tilewise.attention(q[0], k, v)),
         (ValueError, "q has 5 dimensions", lambda: tilewise.attention(q[None], k, v)),
@@ -178,14 +179,23 @@ def test_errors_name_argument_value_and_rule():
         (ValueError, "softcap -1 is negative", lambda: tilewise.attention(q, k, v, softcap=-1.0)),
         (ValueError, "q has 4 dimensions, but packed tensors", lambda: tilewise.attention(q, k, v, cu_seqlens_q=packed, cu_seqlens_k=packed)),
         (ValueError, "last dimension must be contiguous", lambda: tilewise.attention(q[..., ::2], k[..., ::2], v)),
-        (TypeError, "seqused_k has dtype int64", lambda: tilewise.attention(q, k, v, seqused_k=np.array([1, 2]))),
+        (TypeError, "seqused_k has dtype int64, but it must be int32", lambda: tilewise.attention(q, k, v, seqused_k=np.array([1, 2]))),
         (ValueError, "sink has dtype float16", lambda: tilewise.attention(q, k, v, sink=np.zeros(4, np.float16))),
+        (TypeError, "sink has dtype float64, but it must be float32", lambda: tilewise.attention(q, k, v, sink=np.zeros(4))),
+        (TypeError, "cu_seqlens_k has dtype int64, but it must be int32",
+         lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_q=packed, cu_seqlens_k=packed.astype(np.int64))),
+        (ValueError, r"cu_seqlens_k\[1\] is 51, the end of a sequence of 51 rows, which is longer than max_seqlen_k 10",
+         lambda: tilewise.attention(q[0], k[0], v[0], cu_seqlens_q=packed, cu_seqlens_k=packed * 51, max_seqlen_k=10)),
+        (ValueError, "q has dtype int32, which is none of float32", lambda: tilewise.attention(q.astype(np.int32), k, v)),
+        (TypeError, "q is of type array, which is not read", lambda: tilewise.attention(array.array("f", [1.0]), k, v)),
         (NotImplementedError, "head_dim 600 is above 512", lambda: tilewise.attention(*[np.zeros((1, 2, 1, 600), np.float32)] * 3)),
         (RuntimeError, "CUDA device 99 is not there", lambda: tilewise.Device.cuda(99)),
         (ValueError, "token 'q' is none of", lambda: tilewise.explain("q d64")),
         (TypeError, "problem 4096 is not a string", lambda: tilewise.explain(4096)),
         (TypeError, "device 'cpu' is not a tilewise.Device", lambda: tilewise.explain("q8 d64", "cpu")),
         (TypeError, "lengths_q 'ab' is not a sequence", lambda: tilewise.explain("q8 d64", lengths_q="ab")),
+        (TypeError, r"lengths_k \[2.5\] is not a sequence of whole", lambda: tilewise.explain("q8 d64", lengths_k=[2.5])),
+        (TypeError, "lengths_k 5 is not a sequence of whole", lambda: tilewise.explain("q8 d64", lengths_k=5)),
         (TypeError, "v is None", lambda: tilewise.attention(q, k, None)),
     ):
         with pytest.raises(error, match=sentence):
@@ -215,8 +225,16 @@ def test_explain_and_devices():
     assert explanation.masked_tiles > 0 and explanation.flops == 2 * 5 * 64 * 8 * (512 * 513 / 2)
     shorter = tilewise.explain("b2 packed tq300 tk300 q200 d64", lengths_q=[200, 100], lengths_k=[200, 100])
     assert shorter.flops == 4 * 64 * (200**2 + 100**2)
+    lengths = {name: (np.int64(length) for length in (200, 100)) for name in ("lengths_q", "lengths_k")}
+    assert tilewise.explain("b2 packed tq300 tk300 q200 d64", **lengths).flops == shorter.flops
     cpu = tilewise.devices()[0]
     assert cpu.type == "cpu" and cpu.units >= 1 and tilewise.Device.cpu(3).units == 3
+
+
+def test_import_without_pytorch_says_what_is_missing():
+    code = "import sys; sys.modules['torch'] = None; import tilewise.torch"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ModuleNotFoundError: tilewise.torch needs PyTorch, which is not installed" in run.stderr
 
 
 def test_import_takes_less_than_100_ms_and_no_framework():

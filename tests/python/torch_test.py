@@ -191,6 +191,12 @@ def test_errors_name_argument_value_and_rule():
         (TypeError, r"q has dtype torch\.float8_e4m3fn", lambda: attention(q.to(torch.float8_e4m3fn), k, v)),
         (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]]), k, v)),
         (NotImplementedError, "q is a nested tensor", lambda: attention(torch.nested.nested_tensor([q[0]], layout=torch.jagged), k, v)),
+        (NotImplementedError, "q has layout torch.sparse_coo", lambda: attention(q.to_sparse(), k, v)),
+        (NotImplementedError, "v has layout torch.sparse_coo", lambda: attention(q.clone().requires_grad_(), k, v.to_sparse())),
+        (NotImplementedError, "k has layout torch.sparse_csr", lambda: attention(q, k[0, 0].to_sparse_csr(), v)),
+        (TypeError, r"alibi_slopes has dtype (torch\.)?float64, but it must be float32",
+         lambda: attention(q, k, v, alibi_slopes=torch.zeros(4).double())),
+        (ValueError, "q has dtype int32, which is none of", lambda: attention(q.int(), k, v)),
         (ValueError, r"alibi_slopes has shape \[0\]", lambda: attention(q, k, v, alibi_slopes=torch.zeros(0))),
         (TypeError, "attention_backward|autograd", lambda: tilewise.attention_backward(q, q, k, v, q, q)),
     ):
@@ -358,7 +364,11 @@ def test_vmap_folds_into_the_batch(name, shared_keys, monkeypatch):
             torch.testing.assert_close(a[i], b)
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this PyTorch cannot take SDPA implementations")
+HAS_SDPA = hasattr(torch.nn.attention, "register_flash_attention_impl")
+SDPA = pytest.mark.skipif(not HAS_SDPA, reason="this PyTorch cannot take SDPA implementations")
+
+
+@SDPA
 def test_sdpa():
     tilewise.torch.install()
     assert torch.nn.attention.current_flash_attention_impl() is None
@@ -392,6 +402,137 @@ def test_sdpa():
     for right, ours in zip(expected, got):
         for a, b in zip(right, ours):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+LAYOUTS = {  # [batch, heads, seqlen, dim], as it may lie in memory
+    "contiguous": lambda seqlen, dtype: torch.randn(2, 3, seqlen, 16, dtype=dtype),
+    "transposed": lambda seqlen, dtype: torch.randn(2, seqlen, 3, 16, dtype=dtype).transpose(1, 2),
+    "of_three": lambda seqlen, dtype: torch.randn(2, seqlen, 3, 3, 16, dtype=dtype)[:, :, 1].transpose(1, 2),
+    "columns": lambda seqlen, dtype: torch.randn(2, 3, 16, seqlen, dtype=dtype).mT,
+    "expanded": lambda seqlen, dtype: torch.randn(2, 1, seqlen, 16, dtype=dtype).expand(-1, 3, -1, -1),
+}
+
+
+def promised(operator, *arguments):
+    """What PyTorch's meta kernel says of an operator's results, which torch.compile believes."""
+
+    def to_meta(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
+
+    return operator(*(to_meta(x) for x in arguments))
+
+
+def assert_promise(results, promise):
+    for got, expected in zip(results, promise, strict=True):
+        if isinstance(expected, torch.Tensor):
+            strides = [[stride for stride, extent in zip(x.stride(), x.shape) if extent > 1] for x in (got, expected)]
+            assert got.dtype == expected.dtype and got.shape == expected.shape and strides[0] == strides[1]
+        else:
+            assert got == expected
+
+
+@SDPA
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_operators_lay_results_out_as_promised(layout, dtype):
+    """Those of CUDA too, on a CPU's memory."""
+    aten, ours = torch.ops.aten, tilewise.torch
+    q, k, v = (LAYOUTS[layout](seqlen, dtype) for seqlen in (7, 9, 9))
+    right = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    close = dict(rtol=0, atol=1e-5 if dtype == torch.float32 else 5e-2)
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    do = torch.randn(2, 3, 7, 16, dtype=dtype)
+    right_gradients = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, do.double())
+
+    def check(name, forward, backward, options, arguments_of, heads_second):
+        turn = (lambda x: x.transpose(1, 2)) if heads_second else lambda x: x
+        rows = [turn(x) for x in (q, k, v)]
+        results = forward(*rows, *options)
+        assert_promise(results, promised(getattr(aten, name[0]), *rows, *options))
+        torch.testing.assert_close(turn(results[0]).double(), right, **close)
+        arguments = turn(do), *rows, *results[:2], *arguments_of(results)
+        gradients = backward(*arguments)
+        assert_promise(gradients, promised(getattr(aten, name[1]), *arguments))
+        for got, expected in zip(gradients, right_gradients):
+            torch.testing.assert_close(turn(got).double(), expected, **close)
+
+    ours.install()
+    torch.nn.attention.activate_flash_attention_impl("tilewise")
+    try:
+        name = "_scaled_dot_product_flash_attention_for_cpu"
+        names = name, name + "_backward"
+        check(names, *(getattr(aten, name) for name in names), (0.0, False), lambda results: (0.0, False), False)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    names = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
+    check(names, ours._sdpa, ours._sdpa_backward, (0.0, False), lambda results: (None, None, 7, 9, 0.0, False, *results[6:8]), False)
+    names = "_flash_attention_forward", "_flash_attention_backward"
+    problem = None, None, 7, 9, 0.0, False
+    check(names, ours._flash, ours._flash_backward, (*problem, False), lambda results: (*problem, *results[2:4]), True)
+
+
+@SDPA
+def test_packed_flash_operators_lay_results_out_as_promised():
+    ours = tilewise.torch
+    for layout in ("contiguous", "transposed", "of_three", "columns"):
+        q, k, v = (LAYOUTS[layout](9, torch.float32)[0] for _ in range(3))  # 3 rows of 9 heads
+        starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+        problem = starts, starts, 1, 1, 0.0, False
+        results = ours._flash(q, k, v, *problem, False)
+        assert_promise(results, promised(torch.ops.aten._flash_attention_forward, q, k, v, *problem, False))
+        o, lse = attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=1, max_seqlen_k=1, return_lse=True)
+        assert torch.equal(results[0], o) and torch.equal(results[1], lse) and not o[2].any()
+        arguments = torch.ones_like(o), q, k, v, *results[:2], *problem, *results[2:4]
+        gradients = ours._flash_backward(*arguments)
+        assert_promise(gradients, promised(torch.ops.aten._flash_attention_backward, *arguments))
+        assert not any(x[2].any() for x in gradients) and gradients[2][:2].all()
+
+
+@SDPA
+@pytest.mark.parametrize("dtype, causal", [(torch.float32, False), (torch.bfloat16, True)])
+def test_sdpa_compiles(dtype, causal):
+    attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal) * 2  # noqa: E731
+    tilewise.torch.install()
+    torch.nn.attention.activate_flash_attention_impl("tilewise")
+    try:
+        for layout in LAYOUTS.values():
+            torch.compiler.reset()
+            compiled = torch.compile(attend, fullgraph=True)
+            tensors = [layout(seqlen, dtype) for seqlen in (32, 24, 24)]
+            torch.testing.assert_close(compiled(*tensors), attend(*tensors))
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            results = []
+            for call in (compiled, attend):
+                o = call(*leaves)
+                results.append((o, *torch.autograd.grad(o.sin().sum(), leaves)))
+            for got, expected in zip(*results):
+                torch.testing.assert_close(got, expected)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+        torch.compiler.reset()
+
+
+@SDPA
+def test_a_transformer_layer_compiles():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 11, 32)
+
+    def run(layer):
+        layer.zero_grad()
+        o = layer(x)
+        o.sin().sum().backward()
+        return o, *(p.grad.clone() for p in layer.parameters())
+
+    expected = run(layer)
+    tilewise.torch.install()
+    torch.nn.attention.activate_flash_attention_impl("tilewise")
+    try:
+        for got, right in zip(run(torch.compile(layer, fullgraph=True)), expected, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+        torch.compiler.reset()
 
 
 def test_flash_operators_refuse_what_their_backward_is_not_told():
