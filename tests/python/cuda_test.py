@@ -302,6 +302,7 @@ def test_sdpa(calls):
         ((q, k, v), {"scale": 0.3}),
         ((q, k, v), {"attn_mask": causal_lower_right(150, 200)}),
         (same, {"is_causal": True, "enable_gqa": True}),
+        (tuple(x.detach().contiguous().requires_grad_() for x in (q, k, v)), {}),
     ]
 
     def run(tensors, options):
@@ -314,7 +315,7 @@ def test_sdpa(calls):
     torch.nn.attention.activate_flash_attention_impl("tilewise")
     try:
         got = [run(*case) for case in cases]
-        assert calls == ["FORWARD", "BACKWARD"] * 4
+        assert calls == ["FORWARD", "BACKWARD"] * len(cases)
         with pytest.raises(NotImplementedError, match="dropout_p 0.5 is not 0"):
             run(*cases[0][:1], {"dropout_p": 0.5})
         rows = [x.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for x in same]
