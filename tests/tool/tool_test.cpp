@@ -463,6 +463,28 @@ TEST_F(Tool, BenchMeasuresTimeMemoryAndError) {
   EXPECT_TRUE(standard_extra.is_null() || standard_extra > 7e6) << standard_extra;
 }
 
+// Gradients that every call adds to: float32 whatever the type, and no matter for the forward run.
+TEST_F(Tool, BenchTakesAccumulate) {
+  const Json report = json(
+      "bench --json - --peers standard --error --rounds 2 --seconds 0 \"bwd q200 h4/2 d32 accumulate\" \"bwd q200 d32 bf16 accumulate\"");
+  for (const Json& row : report["results"]) {
+    for (const Json& c : row["contenders"]) {
+      EXPECT_GT(c["max_error"], 0.0);
+      EXPECT_LT(c["max_error"], 1e-2) << row;
+    }
+  }
+}
+
+TEST_F(Tool, BenchKeepsWhatItMeasuredBeforeAFailure) {
+  const Outcome run = tilewise("bench --rounds 1 --seconds 0 --json figures \"q64 d8\" \"q1 k1000000000 h64 d512\"");
+  EXPECT_EQ(run.code, 3);
+  EXPECT_NE(run.err.find("needs 477 TiB of memory"), std::string::npos) << run.err;
+  const Json report = Json::parse(contents(file("figures")));
+  ASSERT_EQ(report["results"].size(), 1u);
+  EXPECT_EQ(report["results"][0]["problem"], "fwd b1 q64 k64 h1 d8 fp32");
+  EXPECT_NE(report["failure"].get<std::string>().find("needs 477 TiB of memory"), std::string::npos) << report["failure"];
+}
+
 TEST_F(Tool, BenchSaysHowMuchStandardAttentionWouldNeed) {
   const Outcome run = tilewise("bench --peers standard --rounds 1 --seconds 0 --json figures q2000000 d8 window=0,0");
   ASSERT_EQ(run.code, 0) << run.err;
