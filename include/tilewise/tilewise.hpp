@@ -77,7 +77,8 @@ struct TW_API Device {
   int64_t desk_bytes = 0;    // fast memory of one unit: L2 cache of a core, shared memory of an SM
   int64_t memory_bytes = 0;  // the warehouse: DRAM, HBM
 
-  static Device cpu(int threads = 0);  // 0: OMP_NUM_THREADS, or every core this process may use
+  // 0: OMP_NUM_THREADS, or every core this process may use. A plan takes up to 64 threads, or 4 for each of those cores.
+  static Device cpu(int threads = 0);
   static Result<Device> cuda(int index = 0);
   static std::vector<Device> all();
 };

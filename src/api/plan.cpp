@@ -18,7 +18,6 @@ struct Plan::State {
 
 Result<Plan> Plan::make(const Problem& problem, const Device& device) {
   if (Status status = problem.validate(); !status.ok()) return status;
-  if (device.units < 1) return invalid_argument("device.units " + std::to_string(device.units) + " is not positive");
   Result<const Kernel*> kernel = select_kernel(problem, device);
   if (!kernel) return kernel.status();
   Plan plan;

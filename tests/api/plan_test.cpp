@@ -289,6 +289,16 @@ TEST(Plan, RefusesWithSentences) {
   device.units = 0;
   EXPECT_EQ(Plan::make(*Problem::parse("q64 d32"), device).status().message(), "device.units 0 is not positive");
 
+  const auto error_on = [](int threads) {
+    const Device on = Device::cpu(threads);
+    const Status sentence = Plan::make(*Problem::parse("q64 d32"), on).status();
+    EXPECT_EQ(sentence.code(), StatusCode::kInvalidArgument);
+    EXPECT_EQ(Plan::candidates(*Problem::parse("q64 d32"), on)[0].refusal, sentence.message());
+    return sentence.message();
+  };
+  EXPECT_EQ(error_on(-1), "Device::cpu(-1): threads -1 is negative");
+  EXPECT_TRUE(error_on(1 << 20).starts_with("Device::cpu(1048576): threads 1048576 is above ")) << error_on(1 << 20);
+
   Call call("q4 d8");
   EXPECT_EQ(Plan().run(call.arguments).message(), "this plan is empty: Plan::make() makes one");
   EXPECT_EQ(Plan().workspace_bytes(), 0u);
