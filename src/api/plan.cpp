@@ -85,6 +85,7 @@ Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, co
     const TensorView& view;
   };
   for (const Named& tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}}) {
+    if (tensor.view.rank == 0 && !tensor.view.data) return invalid_argument(std::string(tensor.name) + " is missing");
     if (tensor.view.rank != rank) {
       return invalid_argument(std::string(tensor.name) + " has " + std::to_string(tensor.view.rank) + " dimensions, but " +
                               (p.packed ? "packed tensors (cu_seqlens is given) have 3" : "tensors have 4 where no cu_seqlens is given"));
