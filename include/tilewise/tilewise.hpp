@@ -94,7 +94,8 @@ struct TW_API TensorView {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Everything that plan.run() reads and writes, in memory of the plan's device. Shapes are dense [or packed].
+// Everything that plan.run() reads and writes, in memory of the plan's device. Shapes are dense [or packed]. What is written shares no
+// byte with any other tensor; tensors may lie interleaved in one buffer.
 struct Arguments {
   TensorView q;               // [batch, seqlen_q, num_heads_q, head_dim]      [total_q, num_heads_q, head_dim]
   TensorView k;               // [batch, seqlen_k, num_heads_kv, head_dim]     [total_k, num_heads_kv, head_dim]
