@@ -2,16 +2,29 @@
 # From nothing to what FlashAttention buys on this machine: installs what is missing, builds, computes real attention and
 # checks it, then measures standard against flash attention and writes a page about it. Options go to bench/demo.py. Where there is a GPU
 # and nvcc, the same comparison runs there too.
+for option in "$@"; do
+  case $option in
+    -h | --help)
+      printf '%s\n' 'usage: ./demo.sh [--threads N] [--budget SECONDS] [--save]' \
+        '  --threads N       of the CPU; all where not given' \
+        '  --budget SECONDS  long rows that would exceed it are left out (150)' \
+        '  --save            keep the figures in bench/results/<machine>.json'
+      exit
+      ;;
+  esac
+done
 # shellcheck source-path=SCRIPTDIR source=scripts/setup.sh
 . "$(dirname "$0")/scripts/setup.sh"
 
 need "${build_packages[@]}" python3-matplotlib
 
-say "building in build/ (a minute or two the first time)"
+folder=build/demo # of its own: build/ may be configured for something else
+say "building in $folder (a minute or two the first time)"
 cuda=OFF
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU' && PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then cuda=ON; fi
-build build -DCMAKE_BUILD_TYPE=Release -DTILEWISE_BUILD_TESTS=OFF -DTILEWISE_BUILD_EXAMPLES=OFF -DTILEWISE_CUDA=$cuda -DBUILD_SHARED_LIBS=$cuda
-tilewise=build/tools/tilewise/tilewise
+build $folder -DCMAKE_BUILD_TYPE=Release -DTILEWISE_BUILD_TOOL=ON -DTILEWISE_BUILD_TESTS=OFF -DTILEWISE_BUILD_EXAMPLES=OFF \
+  -DTILEWISE_CUDA=$cuda -DBUILD_SHARED_LIBS=$cuda
+tilewise=$folder/tools/tilewise/tilewise
 for python in /usr/bin/python3 python3; do # the one that Matplotlib was installed for
   if "$python" -c 'import matplotlib' 2>/dev/null; then break; fi
 done
@@ -33,7 +46,7 @@ say "standard against flash attention (about two minutes)"
 if "$tilewise" explain "q1024 d128 bf16" --device cuda >/dev/null 2>&1; then
   say "the same on the GPU"
   if python3 -c 'import torch' 2>/dev/null; then
-    python3 bench/io_gpu.py --library build/libtilewise.so --tool "$tilewise" --no-counters
+    python3 bench/io_gpu.py --library $folder/libtilewise.so --tool "$tilewise" --no-counters
   else
     printf 'No PyTorch for python3, which multiplies for standard attention here: flash alone.\n'
     "$tilewise" bench --device cuda "q1024 h8 d128 bf16" "q4096 h8 d128 bf16" "q16384 h8 d128 bf16" "q32768 h8 d128 bf16"

@@ -29,14 +29,15 @@ run() {
     [ -s "$results/$preset.xml" ]
 }
 
+parts=(-DTILEWISE_BUILD_TOOL=ON -DTILEWISE_BUILD_TESTS=ON) # whatever the folder was configured with before
 say "release: building"
-build build/release --preset release
+build build/release --preset release "${parts[@]}" -DTILEWISE_BUILD_EXAMPLES=ON
 say "release: every test"
 run release
 
 for preset in asan ubsan; do
   say "$preset: building"
-  build "build/$preset" --preset "$preset" -DTILEWISE_BUILD_EXAMPLES=OFF
+  build "build/$preset" --preset "$preset" "${parts[@]}" -DTILEWISE_BUILD_EXAMPLES=OFF
   say "$preset: every test that is not slow and builds nothing of its own"
   run "$preset" --label-exclude 'slow|builds'
 done

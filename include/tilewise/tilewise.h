@@ -40,7 +40,7 @@ enum { TW_FORWARD = 0, TW_BACKWARD = 1 };                               /* pass 
 enum { TW_BOTTOM_RIGHT = 0, TW_TOP_LEFT = 1 };                          /* alignment */
 enum { TW_CPU = 0, TW_CUDA = 1 };                                       /* device type */
 
-/* What is to be computed: tilewise::Problem. Flags are 0 or 1. */
+/* What is to be computed: tilewise::Problem. Flags: 0 is no, anything else is yes. */
 typedef struct tw_problem {
   size_t struct_size;
   int32_t pass, dtype;
@@ -59,7 +59,7 @@ typedef struct tw_device {
   size_t struct_size;
   int32_t type, index;
   char name[128], arch[32];
-  int32_t units, reserved;
+  int32_t units, reserved; /* reserved: 0 */
   int64_t near_bytes, desk_bytes, memory_bytes;
 } tw_device;
 

@@ -77,7 +77,8 @@ struct TW_API Device {
   int64_t desk_bytes = 0;    // fast memory of one unit: L2 cache of a core, shared memory of an SM
   int64_t memory_bytes = 0;  // the warehouse: DRAM, HBM
 
-  static Device cpu(int threads = 0);  // 0: OMP_NUM_THREADS, or every core this process may use
+  // 0: OMP_NUM_THREADS, or every core this process may use. A plan takes up to 64 threads, or 4 for each of those cores.
+  static Device cpu(int threads = 0);
   static Result<Device> cuda(int index = 0);
   static std::vector<Device> all();
 };
@@ -93,7 +94,8 @@ struct TW_API TensorView {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Everything that plan.run() reads and writes, in memory of the plan's device. Shapes are dense [or packed].
+// Everything that plan.run() reads and writes, in memory of the plan's device. Shapes are dense [or packed]. What is written shares no
+// byte with any other tensor; tensors may lie interleaved in one buffer.
 struct Arguments {
   TensorView q;               // [batch, seqlen_q, num_heads_q, head_dim]      [total_q, num_heads_q, head_dim]
   TensorView k;               // [batch, seqlen_k, num_heads_kv, head_dim]     [total_k, num_heads_kv, head_dim]

@@ -55,8 +55,10 @@ std::string listed(int rank, auto&& item) {
 Status wrong_shape(const char* name, const TensorView& view, const Shape& shape) {
   return invalid_argument(std::string(name) + " has shape " +
                           listed(std::min(view.rank, 4), [&](size_t i) { return std::to_string(view.shape[i]); }) +
-                          (view.rank > 4 ? " and more dimensions" : "") + ", but the problem needs " +
-                          listed(shape.rank, [&](size_t i) { return shape.dims[i].name + (" " + std::to_string(shape.dims[i].extent)); }));
+                          (view.rank > 4 ? " and more dimensions" : "") + ", but the problem needs " + listed(shape.rank, [&](size_t i) {
+                            const std::string dim = shape.dims[i].name;
+                            return dim + (dim.find(' ') == dim.npos ? " " : " = ") + std::to_string(shape.dims[i].extent);
+                          }));
 }
 
 bool has_shape(const TensorView& view, const Shape& shape) {
@@ -114,6 +116,75 @@ Status check_flagged(bool flag, const char* flag_name, const char* name, const T
   return {};
 }
 
+// Whether two views have a byte in common, exactly, since tensors may lie interleaved in one buffer (dq, dk and dv of one dqkv). Both
+// are runs of bytes, and runs a and b meet iff  -length_a < start_a - start_b < length_b. The difference of the starts is a sum over
+// dimensions, a stride times an index each; dimensions of both with one stride are one, of the indices' differences.
+__extension__ typedef __int128 Int128;  // sums of strides times extents, each of 64 bits
+class Overlap {
+ public:
+  Overlap(const TensorView& a, const TensorView& b) {
+    const int64_t run_a = take(a, 1), run_b = take(b, -1);
+    if (run_a == 0 || run_b == 0) return;
+    const auto distance = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.data) - reinterpret_cast<uintptr_t>(b.data));
+    Int128 low = 0, high = 0;
+    for (size_t i = count_; i-- > 0;) {
+      dims_[i].rest_low = low, dims_[i].rest_high = high;
+      low += static_cast<Int128>(dims_[i].stride) * dims_[i].low;
+      high += static_cast<Int128>(dims_[i].stride) * dims_[i].high;
+    }
+    const Int128 least = -static_cast<Int128>(run_a) + 1 - distance, most = static_cast<Int128>(run_b) - 1 - distance;
+    found_ = low <= most && high >= least && search(0, least, most);
+  }
+  bool found() const { return found_; }
+
+ private:
+  struct Dim {
+    int64_t stride, low, high;   // in bytes, not negative; the index or difference of indices
+    Int128 rest_low, rest_high;  // of the sum over the dimensions after this one
+  };
+
+  // Adds the dimensions of a view, large strides first; gives the bytes of a run, 0 where the view is empty.
+  int64_t take(const TensorView& view, int64_t sign) {
+    const int64_t bytes = element_bytes(view.dtype);
+    for (int d = 0; d < view.rank; ++d)
+      if (view.shape[static_cast<size_t>(d)] == 0) return 0;
+    for (int d = 0; d + 1 < view.rank; ++d) {
+      const auto i = static_cast<size_t>(d);
+      if (view.shape[i] == 1 || view.stride[i] == 0) continue;
+      int64_t stride = sign * view.stride[i] * bytes, low = 0, high = view.shape[i] - 1;
+      if (stride < 0) stride = -stride, std::swap(low, high), low = -low;
+      size_t at = 0;
+      while (at < count_ && dims_[at].stride > stride) ++at;
+      if (at < count_ && dims_[at].stride == stride) {
+        dims_[at].low += low, dims_[at].high += high;
+        continue;
+      }
+      for (size_t after = count_++; after > at; --after) dims_[after] = dims_[after - 1];
+      dims_[at] = {stride, low, high, 0, 0};
+    }
+    return view.rank == 0 ? 0 : view.shape[static_cast<size_t>(view.rank) - 1] * bytes;
+  }
+
+  // Whether indices of the dimensions from `at` on make a sum in [least, most]. Large strides first: of the strides of tensors, few
+  // indices come into question each. Strides that are made to be hard end the search, and pass.
+  bool search(size_t at, Int128 least, Int128 most) {
+    if (at == count_) return least <= 0 && 0 <= most;
+    if (--steps_left_ < 0) return false;
+    const Dim& dim = dims_[at];
+    const auto floor_div = [&](Int128 x) { return x >= 0 ? x / dim.stride : -((-x + dim.stride - 1) / dim.stride); };
+    const Int128 first = std::max<Int128>(dim.low, -floor_div(-(least - dim.rest_high)));
+    const Int128 last = std::min<Int128>(dim.high, floor_div(most - dim.rest_low));
+    for (Int128 index = first; index <= last && steps_left_ >= 0; ++index)
+      if (search(at + 1, least - index * dim.stride, most - index * dim.stride)) return true;
+    return false;
+  }
+
+  std::array<Dim, 6> dims_{};
+  size_t count_ = 0;
+  int steps_left_ = 1 << 12;
+  bool found_ = false;
+};
+
 struct Named {
   const char* name;
   const TensorView* view;
@@ -121,13 +192,17 @@ struct Named {
 
 Status check_distinct(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) {
   for (const Named* output = outputs.begin(); output != outputs.end(); ++output) {
-    if (!output->view->data) continue;
-    const auto same = [&](const Named& other) { return other.view->data == output->view->data; };
+    const auto meets = [&](const Named& other) {
+      return output->view->data && other.view->data && Overlap(*output->view, *other.view).found();
+    };
+    const auto refuse = [&](const Named& other) {
+      return invalid_argument(std::string(output->name) + " shares memory with " + other.name);
+    };
     for (const Named& input : inputs) {
-      if (same(input)) return invalid_argument(std::string(output->name) + " lies at the address of " + input.name);
+      if (meets(input)) return refuse(input);
     }
     for (const Named* other = outputs.begin(); other != output; ++other) {
-      if (same(*other)) return invalid_argument(std::string(output->name) + " lies at the address of " + other->name);
+      if (meets(*other)) return refuse(*other);
     }
   }
   return {};
@@ -167,19 +242,42 @@ Status check_arguments(const Problem& p, size_t workspace_bytes, const Arguments
   TW_RETURN_IF_ERROR(check_flagged(p.sink, "sink", "sink", a.sink, f32, per_head));
   if (forward) {
     TW_RETURN_IF_ERROR(check_optional("lse", a.lse, f32, lse, Use::kWritten));
-    TW_RETURN_IF_ERROR(check_distinct({{"o", &a.o}, {"lse", &a.lse}}, {{"q", &a.q}, {"k", &a.k}, {"v", &a.v}}));
+    TW_RETURN_IF_ERROR(check_distinct({{"o", &a.o}, {"lse", &a.lse}}, {{"q", &a.q},
+                                                                       {"k", &a.k},
+                                                                       {"v", &a.v},
+                                                                       {"cu_seqlens_q", &a.cu_seqlens_q},
+                                                                       {"cu_seqlens_k", &a.cu_seqlens_k},
+                                                                       {"seqused_k", &a.seqused_k},
+                                                                       {"alibi_slopes", &a.alibi_slopes},
+                                                                       {"sink", &a.sink}}));
   } else {
     TW_RETURN_IF_ERROR(check_needed("lse", a.lse, f32, lse, Use::kRead));
     TW_RETURN_IF_ERROR(check_needed("do", a.do_, p.dtype, o, Use::kRead));
     TW_RETURN_IF_ERROR(check_optional("dlse", a.dlse, f32, lse, Use::kRead));
     const DataType gradient = p.accumulate ? f32 : p.dtype;
-    TW_RETURN_IF_ERROR(check_needed("dq", a.dq, gradient, q, Use::kWritten));
-    TW_RETURN_IF_ERROR(check_needed("dk", a.dk, gradient, k, Use::kWritten));
-    TW_RETURN_IF_ERROR(check_needed("dv", a.dv, gradient, v, Use::kWritten));
+    const auto check_gradient = [&](const char* name, const TensorView& view, const Shape& shape) {
+      Status status = check_needed(name, view, gradient, shape, Use::kWritten);
+      const bool wide = view.data && view.dtype == f32 && gradient != f32;
+      return wide ? invalid_argument(status.message() + "; float32 is for accumulate, which adds to what it holds") : status;
+    };
+    TW_RETURN_IF_ERROR(check_gradient("dq", a.dq, q));
+    TW_RETURN_IF_ERROR(check_gradient("dk", a.dk, k));
+    TW_RETURN_IF_ERROR(check_gradient("dv", a.dv, v));
     if (a.dsink.data && !p.sink) return invalid_argument("dsink is given, but the problem is not made with sink");
     TW_RETURN_IF_ERROR(check_optional("dsink", a.dsink, f32, per_head, Use::kWritten));
-    TW_RETURN_IF_ERROR(check_distinct({{"dq", &a.dq}, {"dk", &a.dk}, {"dv", &a.dv}, {"dsink", &a.dsink}},
-                                      {{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"o", &a.o}, {"do", &a.do_}, {"lse", &a.lse}}));
+    TW_RETURN_IF_ERROR(
+        check_distinct({{"dq", &a.dq}, {"dk", &a.dk}, {"dv", &a.dv}, {"dsink", &a.dsink}}, {{"q", &a.q},
+                                                                                            {"k", &a.k},
+                                                                                            {"v", &a.v},
+                                                                                            {"o", &a.o},
+                                                                                            {"do", &a.do_},
+                                                                                            {"lse", &a.lse},
+                                                                                            {"dlse", &a.dlse},
+                                                                                            {"cu_seqlens_q", &a.cu_seqlens_q},
+                                                                                            {"cu_seqlens_k", &a.cu_seqlens_k},
+                                                                                            {"seqused_k", &a.seqused_k},
+                                                                                            {"alibi_slopes", &a.alibi_slopes},
+                                                                                            {"sink", &a.sink}}));
   }
   if (workspace_bytes > 0) {
     if (!a.workspace) return invalid_argument("workspace is missing: the plan needs " + std::to_string(workspace_bytes) + " bytes");

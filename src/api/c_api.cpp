@@ -109,6 +109,7 @@ tw_problem to_c(const Problem& p) {
 Result<Device> to_cpp(const tw_device* c) {
   if (!c) return Device::cpu();
   if (Status status = check_struct("tw_device", c); !status.ok()) return status;
+  if (c->reserved != 0) return invalid_argument("tw_device.reserved is " + std::to_string(c->reserved) + ", but it must be 0");
   if (c->type != TW_CPU && c->type != TW_CUDA) {
     return invalid_argument("tw_device.type " + std::to_string(c->type) + " is neither TW_CPU nor TW_CUDA");
   }
@@ -175,6 +176,7 @@ Result<Options> to_cpp(const tw_options* c) {
   Options options;
   if (!c) return options;
   if (Status status = check_struct("tw_options", c); !status.ok()) return status;
+  if (c->reserved != 0) return invalid_argument("tw_options.reserved is " + std::to_string(c->reserved) + ", but it must be 0");
   Result<Device> device = to_cpp(c->device);
   if (!device) return device.status();
   options.device = *device;

@@ -20,12 +20,15 @@ TensorView TensorView::contiguous(const void* data, DataType dtype, std::initial
 }
 
 Result<Device> Device::cuda(int index) {
-  const std::vector<Device> devices = cuda_backend().devices();
+  const Backend& backend = cuda_backend();
+  const std::vector<Device> devices = backend.devices();
   for (const Device& device : devices) {
     if (device.index == index) return device;
   }
   return unavailable("CUDA device " + std::to_string(index) + " is not there: " +
-                     (cuda_backend().kernels().empty() ? "this build has no CUDA" : std::to_string(devices.size()) + " can be used"));
+                     (backend.kernels().empty() ? "this build has no CUDA"
+                      : devices.empty()         ? "this machine has no GPU, or no driver that serves it"
+                                                : "this machine has " + std::to_string(devices.size()) + ", numbered from 0"));
 }
 
 std::vector<Device> Device::all() {

@@ -129,15 +129,17 @@ class Counter {
     } else {
       // Products S = QK', dP = dO V', dV = P' dO, dQ = dS K and dK = dS' Q.
       e_.flops = 2 * pairs_ * (3 * d + 2 * dv);
-      e_.least_bytes = 2 * q + 2 * o + lse + 2 * e * group_keys_ * (d + dv);
+      // A gradient is written in the element type, or float32 is read and written where it is added to.
+      const double gradient = p_.accumulate ? 8 : e, dq = gradient * rows_ * d, with_gradient = (e + gradient) * (d + dv);
+      e_.least_bytes = q + dq + 2 * o + lse + with_gradient * group_keys_;
       // Before: o and do are read and delta is written. Then each block of keys stays on the desk once, with its dk and dv,
       // while the rows that see it pass by: q, do, lse and delta are read, the float32 sum of dq is read and written. That sum
       // is cleared before and read once more to be rounded to dq.
       const double delta = 4 * rows_, dq_sum = 4 * rows_ * d;
-      e_.tile_bytes = 2 * o + delta + 2 * e * group_keys_ * (d + dv) + rows_read_ * (e * (d + dv) + 8 + 8 * d) + 2 * dq_sum + q;
+      e_.tile_bytes = 2 * o + delta + with_gradient * group_keys_ + rows_read_ * (e * (d + dv) + 8 + 8 * d) + 2 * dq_sum + dq;
       e_.flash_bytes = shared_cache_ ? e_.least_bytes + 2 * delta + 2 * dq_sum : e_.tile_bytes;
       // P of the forward pass is read for dV and for dS, dP written and read, dS written and read for dQ and for dK.
-      e_.standard_bytes = 2 * o + 2 * q + e * head_keys_ * (2 * d + 2 * dv) + 7 * e * scores_;
+      e_.standard_bytes = 2 * o + q + dq + with_gradient * head_keys_ + 7 * e * scores_;
     }
     e_.intensity = e_.flash_bytes > 0 ? e_.flops / e_.flash_bytes : 0;
     e_.flash_extra_bytes = e_.workspace_bytes + to_count(lse);

@@ -18,7 +18,6 @@ struct Plan::State {
 
 Result<Plan> Plan::make(const Problem& problem, const Device& device) {
   if (Status status = problem.validate(); !status.ok()) return status;
-  if (device.units < 1) return invalid_argument("device.units " + std::to_string(device.units) + " is not positive");
   Result<const Kernel*> kernel = select_kernel(problem, device);
   if (!kernel) return kernel.status();
   Plan plan;
@@ -104,6 +103,7 @@ Result<Problem> describe(Pass pass, const TensorView& q, const TensorView& k, co
     const TensorView& view;
   };
   for (const Named& tensor : {Named{"q", q}, Named{"k", k}, Named{"v", v}}) {
+    if (tensor.view.rank == 0 && !tensor.view.data) return invalid_argument(std::string(tensor.name) + " is missing");
     if (tensor.view.rank != rank) {
       return invalid_argument(std::string(tensor.name) + " has " + std::to_string(tensor.view.rank) + " dimensions, but " +
                               (p.packed ? "packed tensors (cu_seqlens is given) have 3" : "tensors have 4 where no cu_seqlens is given"));

@@ -13,5 +13,6 @@ const std::vector<Kernel>& kernels();
 const Isa* best_isa_of(const Device& device);
 // Beyond it a plan is refused: where threads cannot be made, OpenMP ends the process.
 int most_threads();
+Status check_threads(const Device& device);
 
 }  // namespace tilewise::cpu

@@ -60,7 +60,8 @@ Device describe() {
 Device device(int threads) {
   static const Device described = describe();
   Device result = described;
-  result.units = threads > 0 ? threads : omp_get_max_threads();
+  // OMP_NUM_THREADS may be made for a larger machine than this process may use; a number that the caller gives is checked by plans.
+  result.units = threads != 0 ? threads : std::min(omp_get_max_threads(), most_threads());
   return result;
 }
 
@@ -79,9 +80,7 @@ Status synchronize(const Device&) { return {}; }
 Result<Rates> measure_rates(const Device& on, DataType) {
   const Isa* isa = best_isa_of(on);
   if (!isa) return unsupported("arch " + on.arch + " has no kernels to measure");
-  if (on.units < 1 || on.units > most_threads()) {
-    return invalid_argument("device.units " + std::to_string(on.units) + " is not between 1 and " + std::to_string(most_threads()));
-  }
+  if (Status status = check_threads(on); !status.ok()) return status;
   const auto seconds = [](auto work) {
     const auto start = std::chrono::steady_clock::now();
     work();
@@ -129,7 +128,7 @@ Device Device::cpu(int threads) { return cpu::device(threads); }
 
 const Backend& cpu_backend() {
   static const Backend backend{DeviceType::kCpu, cpu::devices,    cpu::kernels, cpu::measure_rates, cpu::allocate,
-                               cpu::release,     cpu::free_bytes, cpu::copy,    cpu::synchronize};
+                               cpu::release,     cpu::free_bytes, cpu::copy,    cpu::synchronize,   cpu::check_threads};
   return backend;
 }
 

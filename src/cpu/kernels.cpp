@@ -31,10 +31,6 @@ int rank_of(std::string_view arch) {
 
 std::string refusal(const Isa& isa, const Problem& p, const Device& device) {
   if (rank_of(device.arch) > rank_of(isa.name)) return "needs " + std::string(isa.name) + ", the device has " + device.arch;
-  if (device.units > most_threads()) {
-    return "device.units " + std::to_string(device.units) + " is above " + std::to_string(most_threads()) +
-           ", the most threads of this machine";
-  }
   if (p.head_dim > kMaxHeadDim) return "head_dim " + std::to_string(p.head_dim) + " is above " + std::to_string(kMaxHeadDim);
   if (p.head_dim_v > kMaxHeadDim) return "head_dim_v " + std::to_string(p.head_dim_v) + " is above " + std::to_string(kMaxHeadDim);
   return {};
@@ -278,6 +274,14 @@ Kernel backward_row(std::string_view name) {
 }  // namespace
 
 int most_threads() { return std::max(64, 4 * omp_get_num_procs()); }
+
+Status check_threads(const Device& device) {
+  const std::string threads = std::to_string(device.units), what = "Device::cpu(" + threads + "): threads " + threads;
+  if (device.units < 0) return invalid_argument(what + " is negative");
+  if (device.units <= most_threads()) return {};
+  return invalid_argument(what + " is above " + std::to_string(most_threads()) + ", the larger of 64 and 4 for each of the " +
+                          std::to_string(omp_get_num_procs()) + " cores that this process may use");
+}
 
 const Isa* best_isa_of(const Device& device) {
   for (const Isa* isa : kIsas) {

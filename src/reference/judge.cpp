@@ -22,7 +22,8 @@ double unit_roundoff(DataType dtype) { return dtype == DataType::kFloat32 ? 0x1p
 
 struct Errors {
   double max = 0, mean = 0, mean_signed = 0, rel_frobenius = 0;
-  double noise_max = 0, noise_mean = 0, largest = 0;  // largest: of the expected magnitudes
+  double noise_max = 0, noise_mean = 0;
+  double largest = 0, magnitude = 0;            // of the expected values: largest and mean magnitude
   int64_t misplaced = -1, misplaced_count = 0;  // first element that is NaN or infinite where it should not be, or not where it should
 };
 
@@ -51,11 +52,12 @@ Errors errors_of(const TensorView& got, const std::vector<double>& expected, con
     squares += error * error, squares_expected += want * want;
     e.noise_max = std::max(e.noise_max, noise[n]);
     e.largest = std::max(e.largest, std::abs(want));
+    e.magnitude += std::abs(want);
     e.noise_mean += noise[n];
     ++judged;
   }
   if (judged == 0) return e;
-  e.mean /= judged, e.mean_signed /= judged, e.noise_mean /= judged;
+  e.mean /= judged, e.mean_signed /= judged, e.noise_mean /= judged, e.magnitude /= judged;
   e.rel_frobenius = squares_expected > 0 ? std::sqrt(squares / squares_expected) : std::sqrt(squares);
   return e;
 }
@@ -184,15 +186,16 @@ void Trial::State::judge(const Exact& exact, const StandardResults* standard, co
   const double u = unit_roundoff(r->name == "lse" ? DataType::kFloat32 : problem().dtype);
   // A sum with what was there before is rounded at the size of the sum.
   const double of_sum = t.added_to ? 0x1p-23 * (kLargestDrawn + e.largest) : 0;
+  const double mean_of_sum = t.added_to ? 0x1p-24 * (1 + e.magnitude) : 0;
   if (standard) {
     const Errors standard_errors = errors_of(standard->arguments.*t.member, expected, noise, counted);
     r->standard_max = standard_errors.max, r->standard_mean = standard_errors.mean;
     const double max_bound = 2 * r->standard_max + kFloorMax * u * e.noise_max + of_sum;
-    const double mean_bound = 2 * r->standard_mean + kFloorMean * u * e.noise_mean + of_sum;
+    const double mean_bound = 2 * r->standard_mean + kFloorMean * u * e.noise_mean + mean_of_sum;
     if (!(e.max <= max_bound)) fail(report, r, "max error " + number(e.max) + " is above " + number(max_bound));
     if (!(e.mean <= mean_bound)) fail(report, r, "mean error " + number(e.mean) + " is above " + number(mean_bound));
   } else {
-    const double bound = kFloorMeanAlone * u * e.noise_mean + of_sum;
+    const double bound = kFloorMeanAlone * u * e.noise_mean + mean_of_sum;
     if (!(e.mean <= bound)) fail(report, r, "mean error " + number(e.mean) + " is above " + number(bound));
   }
   const auto is_moderate = [](double lse) { return !std::isfinite(lse) || std::abs(lse) <= kModerateLse; };

@@ -62,7 +62,9 @@ class Trial {
   //   max |error| <= 2 * max |standard error| + 16 u * max noise,   mean |error| <= 2 * mean |standard error| + 6 u * mean noise
   // and be the same NaN or infinity where float64 is. Where memory is too small for standard attention: mean |error| <= 8 u *
   // mean noise. In float32, o and dv must also have |error| < 2e-6 |value| (Frobenius) if every finite lse is within +-12,
-  // which default scales and drawn data never leave; dq and dk are differences and have no such bound.
+  // which default scales and drawn data never leave; dq and dk are differences and have no such bound. Gradients that are added to
+  // normal numbers are rounded at the sum's size, for which max has 2^-23 (8 + max |value|) more, mean 2^-24 (1 + mean |value|); they have
+  // no Frobenius bound.
   Result<Report> compare();
 
  private:

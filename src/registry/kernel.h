@@ -33,6 +33,7 @@ struct Backend {
   Result<int64_t> (*free_bytes)(const Device&);
   Status (*copy)(const Device&, void* target, const void* source, size_t bytes, bool to_host);
   Status (*synchronize)(const Device&);
+  Status (*check)(const Device&) = nullptr;  // what a caller can have set wrong
 };
 
 const Backend& cpu_backend();

@@ -31,14 +31,22 @@ std::string refusal_of(const Kernel& kernel, const Problem& problem, const Devic
   return kernel.refusal(problem, device);
 }
 
+Status check_device(const Backend& backend, const Device& device) {
+  if (backend.check)
+    if (Status status = backend.check(device); !status.ok()) return status;
+  return device.units < 1 ? invalid_argument("device.units " + std::to_string(device.units) + " is not positive") : Status();
+}
+
 }  // namespace
 
 const Backend& backend_of(DeviceType type) { return type == DeviceType::kCuda ? cuda_backend() : cpu_backend(); }
 
 Result<const Kernel*> select_kernel(const Problem& problem, const Device& device) {
+  const Backend& backend = backend_of(device.type);
+  if (Status status = check_device(backend, device); !status.ok()) return status;
   const std::string_view allowed = allowed_kernels();
   std::vector<Candidate> refusals;  // rows that say the same stand together
-  for (const Kernel& kernel : backend_of(device.type).kernels()) {
+  for (const Kernel& kernel : backend.kernels()) {
     if (kernel.pass != problem.pass) continue;
     const std::string refusal = refusal_of(kernel, problem, device, allowed);
     if (refusal.empty()) return &kernel;
@@ -58,11 +66,13 @@ Result<const Kernel*> select_kernel(const Problem& problem, const Device& device
 }
 
 std::vector<Candidate> list_candidates(const Problem& problem, const Device& device) {
+  const Backend& backend = backend_of(device.type);
+  const Status status = check_device(backend, device);
   const std::string_view allowed = allowed_kernels();
   std::vector<Candidate> candidates;
-  for (const Kernel& kernel : backend_of(device.type).kernels()) {
+  for (const Kernel& kernel : backend.kernels()) {
     if (kernel.pass != problem.pass) continue;
-    candidates.push_back({std::string(kernel.name), refusal_of(kernel, problem, device, allowed)});
+    candidates.push_back({std::string(kernel.name), status.ok() ? refusal_of(kernel, problem, device, allowed) : status.message()});
   }
   return candidates;
 }

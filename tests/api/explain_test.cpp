@@ -74,6 +74,7 @@ void expect_equal(const Problem& p, const Lengths& lengths, const std::vector<st
   const double bytes = p.dtype == DataType::kFloat32 ? 4 : 2, d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
   const double q = bytes * d * static_cast<double>(rows), o = bytes * dv * static_cast<double>(rows);
   const double kv_per_key = bytes * (d + dv), head_keys = static_cast<double>(keys * p.num_heads_q);
+  const double gradient = p.accumulate ? 8 : bytes, dq = gradient * d * static_cast<double>(rows), dkv_per_key = gradient * (d + dv);
   const double group_keys = static_cast<double>(keys * p.num_heads_kv), float_rows = 4.0 * static_cast<double>(rows);
   if (p.pass == Pass::kForward) {
     EXPECT_EQ(e.flops, 2.0 * static_cast<double>(sum.pairs) * (d + dv)) << p.to_string();
@@ -82,9 +83,10 @@ void expect_equal(const Problem& p, const Lengths& lengths, const std::vector<st
   } else {
     EXPECT_EQ(e.flops, 2.0 * static_cast<double>(sum.pairs) * (3 * d + 2 * dv)) << p.to_string();
     const double visits = static_cast<double>(sum.rows_read);
-    EXPECT_EQ(e.flash_bytes, 2 * o + float_rows + 2 * group_keys * kv_per_key + visits * (kv_per_key + 8 + 8 * d) + 2 * float_rows * d + q)
+    EXPECT_EQ(e.flash_bytes,
+              2 * o + float_rows + group_keys * (kv_per_key + dkv_per_key) + visits * (kv_per_key + 8 + 8 * d) + 2 * float_rows * d + dq)
         << p.to_string();
-    EXPECT_EQ(e.standard_bytes, 2 * o + 2 * q + 2 * head_keys * kv_per_key + 7 * bytes * scores) << p.to_string();
+    EXPECT_EQ(e.standard_bytes, 2 * o + q + dq + head_keys * (kv_per_key + dkv_per_key) + 7 * bytes * scores) << p.to_string();
   }
   EXPECT_EQ(e.flash_extra_bytes, e.workspace_bytes + 4 * rows);
   EXPECT_EQ(static_cast<size_t>(e.workspace_bytes), Plan::make(p, Device::cpu(2))->workspace_bytes());
@@ -101,6 +103,7 @@ TEST(Explain, CountsEveryTileAndPair) {
     Problem p;
     p.pass = static_cast<Pass>(below(2));
     p.dtype = static_cast<DataType>(below(3));
+    p.accumulate = p.pass == Pass::kBackward && below(2);
     p.batch = 1 + below(3);
     p.seqlen_q = below(300);
     p.seqlen_k = below(300);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <new>
 #include <numeric>
@@ -154,7 +155,7 @@ TEST(Arguments, HaveTheShapeOfTheProblem) {
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.lse.shape[1] = 10; }),
             "lse has shape [4, 10], but the problem needs [num_heads_q 4, total_q 9]");
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.cu_seqlens_k.shape[0] = 2; }),
-            "cu_seqlens_k has shape [2], but the problem needs [batch + 1 3]");
+            "cu_seqlens_k has shape [2], but the problem needs [batch + 1 = 3]");
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.seqused_k.shape[0] = 3; }), "seqused_k has shape [3], but the problem needs [batch 2]");
   EXPECT_EQ(error_with(kPacked, [](auto& a) { a.alibi_slopes.rank = 2; }),
             "alibi_slopes has shape [4, 0], but the problem needs [batch 2, num_heads_q 4]");
@@ -208,10 +209,88 @@ TEST(Arguments, HaveUsableStridesAndAddresses) {
             "o has stride -9223372036854775808 in its dimension batch, which times its extent 2 does not fit in 64 bits");
   EXPECT_EQ(error_with(kForward, [](auto& a) { a.q.data = static_cast<char*>(a.q.data) + 2; }),
             "q lies at an address that is not a multiple of its element size 4");
-  EXPECT_EQ(error_with(kForward, [](auto& a) { a.o.data = a.q.data; }), "o lies at the address of q");
-  EXPECT_EQ(error_with(kForward, [](auto& a) { a.lse.data = a.o.data; }), "lse lies at the address of o");
-  EXPECT_EQ(error_with(kBackward, [](auto& a) { a.dv.data = a.do_.data; }), "dv lies at the address of do");
-  EXPECT_EQ(error_with("bwd q5 d8", [](auto& a) { a.dv.data = a.dk.data; }), "dv lies at the address of dk");
+  EXPECT_EQ(error_with(kForward, [](auto& a) { a.o.data = a.q.data; }), "o shares memory with q");
+  EXPECT_EQ(error_with(kForward, [](auto& a) { a.lse.data = a.o.data; }), "lse shares memory with o");
+  EXPECT_EQ(error_with(kBackward, [](auto& a) { a.dv.data = a.do_.data; }), "dv shares memory with do");
+  EXPECT_EQ(error_with("bwd q5 d8", [](auto& a) { a.dv.data = a.dk.data; }), "dv shares memory with dk");
+}
+
+TEST(Arguments, OutputsShareMemoryWithNothing) {
+  const auto moved = [](TensorView view, int64_t elements) {
+    view.data = static_cast<float*>(view.data) + elements;
+    return view;
+  };
+  EXPECT_EQ(error_with("q5 h4/2 d8", [&](auto& a) { a.o = moved(a.q, 7); }), "o shares memory with q");
+  EXPECT_EQ(error_with("q5 h4/2 d8", [&](auto& a) { a.o = moved(a.q, -159); }), "o shares memory with q");
+  std::vector<float> memory(80);  // of the test's own: what lies beside another tensor is not known
+  EXPECT_EQ(error_with(kPacked,
+                       [&](auto& a) {
+                         std::memcpy(&memory[40], a.cu_seqlens_k.data, 3 * sizeof(int32_t));
+                         a.cu_seqlens_k.data = &memory[40], a.lse.data = &memory[5];
+                       }),
+            "lse shares memory with cu_seqlens_k");
+  EXPECT_EQ(error_with("bwd q5 d8", [&](auto& a) { a.dlse.data = &memory[60], a.dk.data = &memory[21]; }), "dk shares memory with dlse");
+  EXPECT_EQ(error_with("bwd q5 d8", [&](auto& a) { a.dlse.data = &memory[60], a.dk.data = &memory[20]; }), "");
+  EXPECT_EQ(error_with(kBackward, [](auto& a) { a.dsink.data = a.sink.data; }), "dsink shares memory with sink");
+
+  // Two heads of 8 in one buffer of 5 rows: the first is q, the second o, and the other way round with rows from the end.
+  std::vector<float> both(5 * 16);
+  const auto half = [&](TensorView view, int64_t first, int64_t row_stride) {
+    view.data = both.data() + first;
+    view.stride[1] = row_stride;
+    return view;
+  };
+  EXPECT_EQ(error_with("q5 d8", [&](auto& a) { a.q = half(a.q, 0, 16), a.o = half(a.o, 8, 16); }), "");
+  EXPECT_EQ(error_with("q5 d8", [&](auto& a) { a.q = half(a.q, 0, 16), a.o = half(a.o, 7, 16); }), "o shares memory with q");
+  EXPECT_EQ(error_with("q5 d8", [&](auto& a) { a.q = half(a.q, 0, 16), a.o = half(a.o, 4 * 16 + 8, -16); }), "");
+  EXPECT_EQ(error_with("q5 d8", [&](auto& a) { a.q = half(a.q, 0, 16), a.o = half(a.o, 4 * 16 + 7, -16); }), "o shares memory with q");
+  EXPECT_EQ(error_with("q5 d8", [&](auto& a) { a.q = half(a.q, 0, 0), a.o = half(a.o, 8, 8); }), "") << "an input that repeats one row";
+}
+
+// Against a look at every element: small tensors with strides of any kind, on one buffer.
+TEST(Arguments, OutputsShareMemoryWithNothingWhateverTheStrides) {
+  std::vector<float> memory(4000), kv(4000);
+  uint32_t state = 1;
+  const auto below = [&](uint32_t n) { return static_cast<int64_t>((state = state * 1664525 + 1013904223) >> 8) % n; };
+  int shared = 0, apart = 0;
+  for (int round = 0; round < 20000; ++round) {
+    Problem p;
+    p.batch = 1 + below(3), p.seqlen_q = p.seqlen_k = 1 + below(4), p.num_heads_q = p.num_heads_kv = 1 + below(3);
+    p.head_dim = 1 + below(5), p.head_dim_v = 1 + below(5);
+    const auto draw = [&](int64_t dim) {
+      TensorView view = TensorView::contiguous(memory.data() + 2000, DataType::kFloat32, {p.batch, p.seqlen_q, p.num_heads_q, dim});
+      if (below(2)) std::swap(view.stride[0], view.stride[2]);
+      const int64_t wider = 1 + below(3);
+      for (size_t d = 0; d < 3; ++d) view.stride[d] = (view.stride[d] * wider + dim * below(2)) * (below(4) ? 1 : -1);
+      view.data = static_cast<float*>(view.data) + below(2) * below(60) - below(2) * below(60);
+      return view;
+    };
+    Arguments a;
+    a.q = draw(p.head_dim), a.o = draw(p.head_dim_v);
+    bool itself = false;  // whether rows of o meet: another rule refuses that
+    std::vector<char> of_o(4000);
+    bool meets = false;
+    const auto each = [&](const TensorView& view, auto use) {
+      for (int64_t b = 0; b < view.shape[0]; ++b)
+        for (int64_t i = 0; i < view.shape[1]; ++i)
+          for (int64_t h = 0; h < view.shape[2]; ++h)
+            for (int64_t x = 0; x < view.shape[3]; ++x)
+              use(static_cast<float*>(view.data) - memory.data() + b * view.stride[0] + i * view.stride[1] + h * view.stride[2] + x);
+    };
+    each(a.o, [&](int64_t at) { itself |= of_o[static_cast<size_t>(at)], of_o[static_cast<size_t>(at)] = 1; });
+    each(a.q, [&](int64_t at) { meets |= of_o[static_cast<size_t>(at)] != 0; });
+    if (itself) continue;
+    a.k = TensorView::contiguous(kv.data(), DataType::kFloat32, {p.batch, p.seqlen_q, p.num_heads_q, p.head_dim});
+    a.v = TensorView::contiguous(kv.data(), DataType::kFloat32, {p.batch, p.seqlen_q, p.num_heads_q, p.head_dim_v});
+    const Plan plan = *Plan::make(p, Device::cpu(1));
+    std::vector<float> workspace(plan.workspace_bytes() / 4 + 64);
+    a.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
+    const std::string message = plan.run(a).message();
+    EXPECT_EQ(message, meets ? "o shares memory with q" : "") << p.to_string() << " round " << round;
+    (meets ? shared : apart) += 1;
+  }
+  EXPECT_GT(shared, 1000);
+  EXPECT_GT(apart, 1000);
 }
 
 TEST(Arguments, WorkspaceIsThereAndAligned) {
@@ -288,6 +367,16 @@ TEST(Plan, RefusesWithSentences) {
   Device device = Device::cpu();
   device.units = 0;
   EXPECT_EQ(Plan::make(*Problem::parse("q64 d32"), device).status().message(), "device.units 0 is not positive");
+
+  const auto error_on = [](int threads) {
+    const Device on = Device::cpu(threads);
+    const Status sentence = Plan::make(*Problem::parse("q64 d32"), on).status();
+    EXPECT_EQ(sentence.code(), StatusCode::kInvalidArgument);
+    EXPECT_EQ(Plan::candidates(*Problem::parse("q64 d32"), on)[0].refusal, sentence.message());
+    return sentence.message();
+  };
+  EXPECT_EQ(error_on(-1), "Device::cpu(-1): threads -1 is negative");
+  EXPECT_TRUE(error_on(1 << 20).starts_with("Device::cpu(1048576): threads 1048576 is above ")) << error_on(1 << 20);
 
   Call call("q4 d8");
   EXPECT_EQ(Plan().run(call.arguments).message(), "this plan is empty: Plan::make() makes one");
@@ -430,6 +519,8 @@ TEST(OneCall, PartsOfTheKeysAccumulateToTheWhole) {
   expect_more(call.buffers[9], dv);
   EXPECT_EQ(error_with("bwd q3 k4 d8 bf16 accumulate", [](Arguments& x) { x.dq.dtype = DataType::kBFloat16; }),
             "dq has dtype bfloat16, but the problem needs float32");
+  EXPECT_EQ(error_with("bwd q3 k4 d8 bf16", [](Arguments& x) { x.dv.dtype = DataType::kFloat32; }),
+            "dv has dtype float32, but the problem needs bfloat16; float32 is for accumulate, which adds to what it holds");
 }
 
 TEST(Describe, IsTheProblemOfTheTensors) {
@@ -476,7 +567,7 @@ TEST(Describe, IsTheProblemOfTheTensors) {
 TEST(OneCall, RefusesWhatIsNoProblem) {
   Call call("q5 d8");
   const Arguments& a = call.arguments;
-  EXPECT_EQ(forward({}, a.k, a.v, a.o).message(), "q has 0 dimensions, but tensors have 4 where no cu_seqlens is given");
+  EXPECT_EQ(forward({}, a.k, a.v, a.o).message(), "q is missing");
   TensorView k = a.k;
   k.rank = 3;
   EXPECT_EQ(forward(a.q, k, a.v, a.o).message(), "k has 3 dimensions, but tensors have 4 where no cu_seqlens is given");

@@ -156,9 +156,11 @@ static void test_one_call(void) {
   EXPECT(tw_backward(&tdout, &tq, &tk, &tv, &to, &tlse, &tdq, &tdk, &tdv, &options) == TW_OK);
   compare_with_float64(1);
   EXPECT(tw_forward(&tq, &tk, &tv, &to, NULL, NULL) == TW_OK);
-  EXPECT_ERROR(tw_forward(&tq, NULL, &tv, &to, NULL, NULL), TW_INVALID_ARGUMENT,
-               "k has 0 dimensions, but tensors have 4 where no cu_seqlens is given");
+  EXPECT_ERROR(tw_forward(&tq, NULL, &tv, &to, NULL, NULL), TW_INVALID_ARGUMENT, "k is missing");
   EXPECT_ERROR(tw_forward(&tq, &tk, &tv, NULL, NULL, NULL), TW_INVALID_ARGUMENT, "o is missing: the problem needs it");
+  options.reserved = 3;
+  EXPECT_ERROR(tw_forward(&tq, &tk, &tv, &to, NULL, &options), TW_INVALID_ARGUMENT, "tw_options.reserved is 3, but it must be 0");
+  options.reserved = 0;
   options.struct_size = 8;
   EXPECT(tw_forward(&tq, &tk, &tv, &to, NULL, &options) == TW_INVALID_ARGUMENT);
   EXPECT(strncmp(tw_last_error(), "tw_options.struct_size is 8, but this library needs ", 52) == 0);
@@ -213,6 +215,9 @@ static void test_mistakes(void) {
   EXPECT_ERROR(tw_device_cpu(-1, &device), TW_INVALID_ARGUMENT, "threads -1 is negative");
   EXPECT_ERROR(tw_device_cpu(0, NULL), TW_INVALID_ARGUMENT, "tw_device is NULL");
   EXPECT(tw_device_cuda(1 << 20, &device) == TW_UNAVAILABLE);
+  device.reserved = 1;
+  EXPECT_ERROR(tw_plan_create(&problem, &device, &plan), TW_INVALID_ARGUMENT, "tw_device.reserved is 1, but it must be 0");
+  device.reserved = 0;
   device.type = 9;
   EXPECT_ERROR(tw_plan_create(&problem, &device, &plan), TW_INVALID_ARGUMENT, "tw_device.type 9 is neither TW_CPU nor TW_CUDA");
   EXPECT(tw_plan_workspace_bytes(NULL) == 0 && strcmp(tw_plan_kernel(NULL), "") == 0);

@@ -387,7 +387,9 @@ TEST_F(Tool, VerifySaysWhatFloat64WouldTakeTooLongFor) {
 
 TEST_F(Tool, UsageErrorsAreOneSentence) {
   expect_refusal("", "a command is missing");
-  expect_refusal("frobnicate", "frobnicate");
+  for (const char* line : {"frobnicate", "explian q5", "--colour"})
+    expect_refusal(line, std::string(line).substr(0, std::string(line).find(' ')));
+  expect_refusal("explian q5", "'explian' is no command: attend, bench, verify, explain or devices");
   expect_refusal("attend", "input is required");
   expect_refusal("attend in", "--output is required");
   expect_refusal("bench", "problem is required");
@@ -412,6 +414,8 @@ TEST_F(Tool, UsageErrorsAreOneSentence) {
 TEST_F(Tool, HelpAndVersion) {
   EXPECT_EQ(tilewise("--version").code, 0);
   EXPECT_TRUE(tilewise("--version").out.starts_with("tilewise "));
+  for (const char* word : {" bwd ", " topleft ", " window=L,R ", " packed tqN tkN ", " seqused ", " softcap=X ", " accumulate "})
+    EXPECT_NE(tilewise("--help").out.find(word), std::string::npos) << word;
   for (const char* command : {"attend", "bench", "verify", "explain", "devices"}) {
     EXPECT_NE(tilewise("--help").out.find(std::string("  ") + command), std::string::npos);
     const Outcome run = tilewise(std::string(command) + " --help");
@@ -463,12 +467,56 @@ TEST_F(Tool, BenchMeasuresTimeMemoryAndError) {
   EXPECT_TRUE(standard_extra.is_null() || standard_extra > 7e6) << standard_extra;
 }
 
+// Gradients that every call adds to: float32 whatever the type, and no matter for the forward run.
+TEST_F(Tool, BenchTakesAccumulate) {
+  const Json report = json(
+      "bench --json - --peers standard --error --rounds 2 --seconds 0 \"bwd q200 h4/2 d32 accumulate\" \"bwd q200 d32 bf16 accumulate\"");
+  for (const Json& row : report["results"]) {
+    for (const Json& c : row["contenders"]) {
+      EXPECT_GT(c["max_error"], 0.0);
+      EXPECT_LT(c["max_error"], 1e-2) << row;
+    }
+  }
+}
+
+TEST_F(Tool, BenchKeepsWhatItMeasuredBeforeAFailure) {
+  const Outcome run = tilewise("bench --rounds 1 --seconds 0 --json figures \"q64 d8\" \"q1 k1000000000 h64 d512\"");
+  EXPECT_EQ(run.code, 3);
+  EXPECT_NE(run.err.find("needs 477 TiB of memory"), std::string::npos) << run.err;
+  const Json report = Json::parse(contents(file("figures")));
+  ASSERT_EQ(report["results"].size(), 1u);
+  EXPECT_EQ(report["results"][0]["problem"], "fwd b1 q64 k64 h1 d8 fp32");
+  EXPECT_NE(report["failure"].get<std::string>().find("needs 477 TiB of memory"), std::string::npos) << report["failure"];
+}
+
 TEST_F(Tool, BenchSaysHowMuchStandardAttentionWouldNeed) {
   const Outcome run = tilewise("bench --peers standard --rounds 1 --seconds 0 --json figures q2000000 d8 window=0,0");
   ASSERT_EQ(run.code, 0) << run.err;
   EXPECT_NE(run.out.find("standard does not fit: it needs 14.6 TiB"), std::string::npos) << run.out;
   const Json report = Json::parse(contents(file("figures")));
   EXPECT_EQ(report["results"][0]["contenders"][1]["needed_bytes"], 4.0 * 2e6 * 2e6);
+}
+
+// The limit is of the useful work and its least traffic, the prediction of what the plan computes and moves.
+TEST_F(Tool, ExplainTimesFollowFromTheirParts) {
+  for (const char* problem :
+       {"bwd b2 q300 k400 h8/2 d192/128 bf16 window=10,0 topleft packed tq500 tk700", "q2000 h2 d64", "bwd q1 k3000 d64"}) {
+    const Json plan = json(std::string("explain --json ") + problem), &flash = plan["flash"];
+    EXPECT_EQ(flash["limit_seconds"], std::max(flash["arithmetic_seconds"].get<double>(), flash["memory_seconds"].get<double>()))
+        << problem;
+    EXPECT_EQ(flash["predicted_seconds"], std::max(flash["tiles_seconds"].get<double>(), flash["traffic_seconds"].get<double>()))
+        << problem;
+    EXPECT_LE(flash["arithmetic_seconds"], flash["tiles_seconds"]) << problem;
+    EXPECT_LE(flash["memory_seconds"], flash["traffic_seconds"]) << problem;
+    EXPECT_LE(flash["least_bytes"], flash["bytes_moved"]) << problem;
+  }
+}
+
+TEST_F(Tool, ThreadsOfTheEnvironmentAreCapped) {
+  const Outcome run = shell("OMP_NUM_THREADS=5000 " TW_TOOL " attend --help && OMP_NUM_THREADS=5000 " TW_TOOL " explain --json q64 d8");
+  EXPECT_EQ(run.code, 0) << run.err;
+  const std::string sentence = "Device::cpu(4096): threads 4096 is above ";
+  expect_refusal("explain q64 d8 --threads 4096", sentence);
 }
 
 TEST_F(Tool, ExplainDrawsTheTilesThatItCounts) {

@@ -104,6 +104,7 @@ Arguments with_workspace(Arguments arguments, const Buffer& workspace) {
 
 Problem forward_of(Problem problem) {
   problem.pass = Pass::kForward;
+  problem.accumulate = false;  // of gradients
   return problem;
 }
 
@@ -131,6 +132,7 @@ int64_t run_fresh(const Problem& problem, const Device& device, Arguments argume
 struct Sample {
   Problem problem;
   Arguments arguments;
+  std::vector<double> before;  // of dq, where gradients are added to what it holds
 
   Sample(const Problem& whole, const Arguments& all, const Lengths& lengths) : problem(whole), arguments(all) {
     constexpr int64_t kRows = 64;
@@ -170,21 +172,25 @@ struct Sample {
     }
   }
 
-  // Of o, or of dq where gradients are computed, as they lie in host memory now.
-  Error error_against(const reference::Outputs& exact) const {
-    const bool backward = problem.pass == Pass::kBackward;
-    const TensorView& view = backward ? arguments.dq : arguments.o;
-    const std::vector<double>& expected = backward ? exact.dq : exact.o;
-    Error error;
-    size_t n = 0;
+  // The judged output, o or where gradients are computed dq, as it lies in host memory now.
+  std::vector<double> values() const {
+    const TensorView& view = problem.pass == Pass::kBackward ? arguments.dq : arguments.o;
+    std::vector<double> values;
     for (int64_t i = 0; i < view.shape[1]; ++i)
       for (int64_t h = 0; h < view.shape[2]; ++h)
-        for (int64_t x = 0; x < view.shape[3]; ++x, ++n) {
-          const double found = reference::read_element(view.data, view.dtype, i * view.stride[1] + h * view.stride[2] + x);
-          const double difference = std::abs(found - expected[n]);
-          error.max = difference <= error.max ? error.max : difference;  // NaN counts
-          error.mean += difference / static_cast<double>(expected.size());
-        }
+        for (int64_t x = 0; x < view.shape[3]; ++x)
+          values.push_back(reference::read_element(view.data, view.dtype, i * view.stride[1] + h * view.stride[2] + x));
+    return values;
+  }
+
+  Error error_against(const reference::Outputs& exact) const {
+    const std::vector<double>&expected = problem.pass == Pass::kBackward ? exact.dq : exact.o, found = values();
+    Error error;
+    for (size_t n = 0; n < found.size(); ++n) {
+      const double difference = std::abs(found[n] - (problem.accumulate ? before[n] : 0) - expected[n]);
+      error.max = difference <= error.max ? error.max : difference;  // NaN counts
+      error.mean += difference / static_cast<double>(expected.size());
+    }
     return error;
   }
 };
@@ -201,7 +207,7 @@ void zero_unseen_keys(const Arguments& arguments) {
 // Threads, code pages and the buffers of OpenBLAS are there before anything is measured.
 void warm_up(const Problem& like, const Device& device, bool standard) {
   Problem small;
-  small.pass = like.pass, small.dtype = like.dtype;
+  small.pass = like.pass, small.dtype = like.dtype, small.accumulate = like.accumulate;
   small.seqlen_q = small.seqlen_k = 256, small.num_heads_q = small.num_heads_kv = 4;
   small.head_dim = like.head_dim, small.head_dim_v = like.head_dim_v;
   const reference::Trial trial = require(reference::Trial::make(small, device));
@@ -262,6 +268,10 @@ Row measure(const Problem& problem, const Device& device, const BenchOptions& op
   }
   // The first call, with memory and error; later ones are timed.
   const auto first_call = [&](Contender& c, const std::function<void()>& work) {
+    if (sample && problem.accumulate) {
+      require(trial.download());
+      sample->before = sample->values();
+    }
     const auto growth = peak_growth(work);
     if (!c.ran()) return;
     if (!c.extra_bytes) c.extra_bytes = growth;
@@ -396,10 +406,18 @@ void bench(const BenchOptions& options) {
   Progress progress;
   for (size_t n = 0; n < problems.size(); ++n) {
     progress.show(fmt::format("problem {} of {}", n + 1, problems.size()), static_cast<double>(n) / static_cast<double>(problems.size()));
-    const Row row = measure(problems[n], device, options);
-    json["results"].push_back(row_json(row));
-    progress.clear();
-    if (as_text) print_row(row), std::fflush(stdout);
+    try {
+      const Row row = measure(problems[n], device, options);
+      json["results"].push_back(row_json(row));
+      progress.clear();
+      if (as_text) print_row(row), std::fflush(stdout);
+    } catch (const std::exception& error) {  // what has been measured is kept
+      if (n > 0 && !options.json.empty()) {
+        json["failure"] = fmt::format("'{}': {}", problems[n].to_string(), error.what());
+        write_json(json, options.json);
+      }
+      throw;
+    }
   }
   if (!options.json.empty()) write_json(json, options.json);
 }

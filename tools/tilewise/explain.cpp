@@ -28,9 +28,9 @@ std::string line_of(const TilePicture& picture, const TilePicture::Row& row, con
 
 // What the machine's measured rates make of a plan.
 struct Times {
-  double arithmetic, memory;  // of the useful work: no kernel is faster than the larger one
-  double limit, predicted;    // predicted: masked tiles cost as much as full ones
-  double standard;            // limit of standard attention
+  double arithmetic, memory, limit;  // of the useful work and the least traffic: no kernel is faster than the larger one, limit
+  double tiles, traffic, predicted;  // of the plan, whose masked tiles cost as much as full ones: the larger one is predicted
+  double standard;                   // limit of standard attention
   double standard_intensity;
 };
 
@@ -41,8 +41,10 @@ Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
   const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
   return {e.flops / rates.flops_per_second,
-          e.flash_bytes / rates.bytes_per_second,
+          e.least_bytes / rates.bytes_per_second,
           limit_seconds(e.flops, e.least_bytes, rates),
+          computed / rates.flops_per_second,
+          e.flash_bytes / rates.bytes_per_second,
           limit_seconds(computed, e.flash_bytes, rates),
           limit_seconds(e.flops, e.standard_bytes, rates),
           e.standard_bytes > 0 ? e.flops / e.standard_bytes : 0};
@@ -95,7 +97,7 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   pair("limit", seconds_text(times.limit), seconds_text(times.standard),
        fmt::format("at {}FLOP/s and {}B/s, measured", si_text(rates.flops_per_second), si_text(rates.bytes_per_second)));
   pair("predicted", seconds_text(times.predicted), "",
-       fmt::format("{} bound, masked tiles in full", times.arithmetic >= times.memory ? "arithmetic" : "memory"));
+       fmt::format("{} bound, masked tiles in full", times.tiles >= times.traffic ? "arithmetic" : "memory"));
 }
 
 Json explanation_json(const Problem& p, const Device& device, const Explanation& e, const Rates& rates) {
@@ -128,12 +130,15 @@ Json explanation_json(const Problem& p, const Device& device, const Explanation&
           {"flash",
            {{"bytes_moved", e.flash_bytes},
             {"tile_bytes", e.tile_bytes},
+            {"least_bytes", e.least_bytes},
             {"extra_bytes", e.flash_extra_bytes},
             {"workspace_bytes", e.workspace_bytes},
             {"intensity", e.intensity},
             {"arithmetic_seconds", times.arithmetic},
             {"memory_seconds", times.memory},
             {"limit_seconds", times.limit},
+            {"tiles_seconds", times.tiles},
+            {"traffic_seconds", times.traffic},
             {"predicted_seconds", times.predicted}}},
           {"standard",
            {{"bytes_moved", e.standard_bytes},

@@ -33,7 +33,9 @@ double tensor_bytes(const Problem& p, double gaps) {
   const double dv = element * static_cast<double>(p.head_dim_v) + gaps;
   const double rows = static_cast<double>(p.num_heads_q) * (p.packed ? static_cast<double>(p.total_q) : batch * p.seqlen_q);
   const double keys = static_cast<double>(p.num_heads_kv) * (p.packed ? static_cast<double>(p.total_k) : batch * p.seqlen_k);
-  return copies * (rows * (d + dv + 4) + keys * (d + dv));
+  const double wider = p.accumulate ? 4 - element : 0;  // gradients that are added to are float32
+  const double gradients = rows * static_cast<double>(p.head_dim) + keys * static_cast<double>(p.head_dim + p.head_dim_v);
+  return copies * (rows * (d + dv + 4) + keys * (d + dv)) + wider * gradients;
 }
 
 double trial_bytes(const Problem& problem, const Device& device, reference::Layout layout) {

@@ -25,7 +25,7 @@ struct ForwardConfig {
   TW_HD constexpr int loader_registers() const { return consumers == 2 ? 56 : consumers == 3 ? 32 : 24; }
 };
 
-// A tensor of 16-bit elements for plain loads and stores; strides in elements.
+// A tensor for plain loads and stores, of 16-bit elements or, where gradients are added to, of float32; strides in elements.
 struct Elements {
   void* data;
   long long batch, row, head;
