@@ -2,7 +2,9 @@
 #include "api/arguments.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <span>
 
 namespace tilewise {
 namespace {
@@ -190,7 +192,7 @@ struct Named {
   const TensorView* view;
 };
 
-Status check_distinct(std::initializer_list<Named> outputs, std::initializer_list<Named> inputs) {
+Status check_distinct(std::initializer_list<Named> outputs, std::span<const Named> inputs) {
   for (const Named* output = outputs.begin(); output != outputs.end(); ++output) {
     const auto meets = [&](const Named& other) {
       return output->view->data && other.view->data && Overlap(*output->view, *other.view).found();
@@ -230,6 +232,19 @@ Status check_arguments(const Problem& p, size_t workspace_bytes, const Arguments
   const Shape slopes = a.alibi_slopes.rank == 2 ? Shape{{"batch", p.batch}, heads_q} : per_head;
   constexpr DataType f32 = DataType::kFloat32, i32 = DataType::kInt32;
   const bool forward = p.pass == Pass::kForward;
+  const std::array<Named, 12> inputs{{{"o", &a.o},  // the first four are read by backward only
+                                      {"lse", &a.lse},
+                                      {"do", &a.do_},
+                                      {"dlse", &a.dlse},
+                                      {"q", &a.q},
+                                      {"k", &a.k},
+                                      {"v", &a.v},
+                                      {"cu_seqlens_q", &a.cu_seqlens_q},
+                                      {"cu_seqlens_k", &a.cu_seqlens_k},
+                                      {"seqused_k", &a.seqused_k},
+                                      {"alibi_slopes", &a.alibi_slopes},
+                                      {"sink", &a.sink}}};
+  const std::span<const Named> read = std::span(inputs).subspan(forward ? 4 : 0);
 
   TW_RETURN_IF_ERROR(check_needed("q", a.q, p.dtype, q, Use::kRead));
   TW_RETURN_IF_ERROR(check_needed("k", a.k, p.dtype, k, Use::kRead));
@@ -242,14 +257,7 @@ Status check_arguments(const Problem& p, size_t workspace_bytes, const Arguments
   TW_RETURN_IF_ERROR(check_flagged(p.sink, "sink", "sink", a.sink, f32, per_head));
   if (forward) {
     TW_RETURN_IF_ERROR(check_optional("lse", a.lse, f32, lse, Use::kWritten));
-    TW_RETURN_IF_ERROR(check_distinct({{"o", &a.o}, {"lse", &a.lse}}, {{"q", &a.q},
-                                                                       {"k", &a.k},
-                                                                       {"v", &a.v},
-                                                                       {"cu_seqlens_q", &a.cu_seqlens_q},
-                                                                       {"cu_seqlens_k", &a.cu_seqlens_k},
-                                                                       {"seqused_k", &a.seqused_k},
-                                                                       {"alibi_slopes", &a.alibi_slopes},
-                                                                       {"sink", &a.sink}}));
+    TW_RETURN_IF_ERROR(check_distinct({{"o", &a.o}, {"lse", &a.lse}}, read));
   } else {
     TW_RETURN_IF_ERROR(check_needed("lse", a.lse, f32, lse, Use::kRead));
     TW_RETURN_IF_ERROR(check_needed("do", a.do_, p.dtype, o, Use::kRead));
@@ -265,19 +273,7 @@ Status check_arguments(const Problem& p, size_t workspace_bytes, const Arguments
     TW_RETURN_IF_ERROR(check_gradient("dv", a.dv, v));
     if (a.dsink.data && !p.sink) return invalid_argument("dsink is given, but the problem is not made with sink");
     TW_RETURN_IF_ERROR(check_optional("dsink", a.dsink, f32, per_head, Use::kWritten));
-    TW_RETURN_IF_ERROR(
-        check_distinct({{"dq", &a.dq}, {"dk", &a.dk}, {"dv", &a.dv}, {"dsink", &a.dsink}}, {{"q", &a.q},
-                                                                                            {"k", &a.k},
-                                                                                            {"v", &a.v},
-                                                                                            {"o", &a.o},
-                                                                                            {"do", &a.do_},
-                                                                                            {"lse", &a.lse},
-                                                                                            {"dlse", &a.dlse},
-                                                                                            {"cu_seqlens_q", &a.cu_seqlens_q},
-                                                                                            {"cu_seqlens_k", &a.cu_seqlens_k},
-                                                                                            {"seqused_k", &a.seqused_k},
-                                                                                            {"alibi_slopes", &a.alibi_slopes},
-                                                                                            {"sink", &a.sink}}));
+    TW_RETURN_IF_ERROR(check_distinct({{"dq", &a.dq}, {"dk", &a.dk}, {"dv", &a.dv}, {"dsink", &a.dsink}}, read));
   }
   if (workspace_bytes > 0) {
     if (!a.workspace) return invalid_argument("workspace is missing: the plan needs " + std::to_string(workspace_bytes) + " bytes");

@@ -1,4 +1,5 @@
-// Around the backward kernel. Before it: delta and lse of every row, dq's sums set to 0. After it: dq from its sums, and dsink.
+// Around the backward kernel. Before it: delta and lse of every row, dq's sums set to 0. After it: dq from its sums, dsink, and rows
+// of dq, dk and dv that are not finite and should be.
 // A CTA has one tile of 64 rows of one head.
 #pragma once
 
