@@ -33,34 +33,47 @@ std::string name_of(const BackwardConfig& c) {
   return c.modified ? name + "_modified" : name;
 }
 
-// CTAs of a run. Packed: bounds, since a sequence has at most one step or block that is not full.
+// What gradient_params.h counts. Packed: bounds, since a sequence has at most one step or block that is not full.
 struct Counts {
-  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, row_ctas, key_ctas, post_ctas;
-  Counts(const Problem& p, const BackwardConfig& c) {
+  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, lag, ring;
+  Counts(const Problem& p, const BackwardConfig& c, const Device& device) {
     q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
     k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
     const int64_t sequences = p.packed ? 1 : p.batch;
     k_tiles = p.packed ? p.total_k / kBlockM + p.batch : ceil_div<int64_t>(p.seqlen_k, kBlockM);
     tiles = sequences * q_tiles;
     key_tiles = sequences * k_tiles;
-    row_ctas = p.num_heads_q * tiles;
-    key_ctas = p.num_heads_kv * sequences * k_blocks;
-    post_ctas = std::max(row_ctas, p.num_heads_kv * key_tiles);
+    all_tiles = p.num_heads_q * tiles;
+    all_key_tiles = p.num_heads_kv * key_tiles;
+    units = k_blocks > 0 ? p.num_heads_kv * sequences : 0;
+    works = units * k_blocks;
+    // The works of a share's unit have smaller claims than the share, and if there are more of them than SMs, have probably been finished
+    // when its turn comes. A unit's first additions wait for shares with smaller claims, too: nobody waits for who comes later.
+    const bool rounds = works > device.units;
+    // Where works are of different length, or wait for one another, it is longer until the last one is finished.
+    const bool uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
+    const int64_t margin = rounds ? (1 + uneven + p.deterministic) * device.units + (p.packed ? k_blocks : 0) : 0;
+    lag = k_blocks + margin;
+    ring = rounds ? std::min(units, 2 + ceil_div<int64_t>(2 * margin + device.units, k_blocks)) : units;
   }
 };
 
 struct Workspace {
-  size_t rows, addends, dsink_sum, turn, spoilt, bytes;  // dq_sum comes first
-  Workspace(const Problem& p, const BackwardConfig& c) {
-    const Counts counts(p, c);
-    const auto count = static_cast<size_t>(counts.row_ctas);
+  size_t rows, addends, dsink_sum, turn, spoilt, spoilt_keys, progress, counters, bytes;  // dq_sum comes first
+  Workspace(const Problem& p, const BackwardConfig& c, const Device& device) {
+    const Counts counts(p, c, device);
+    const auto count = static_cast<size_t>(counts.all_tiles), head_dim = static_cast<size_t>(c.head_dim);
     const auto aligned = [](size_t bytes_) { return round_up(bytes_, size_t{256}); };
-    rows = aligned(count * kBlockM * static_cast<size_t>(c.head_dim) * sizeof(float));
+    rows =
+        aligned(static_cast<size_t>(counts.ring * (p.num_heads_q / p.num_heads_kv) * counts.q_tiles) * kBlockM * head_dim * sizeof(float));
     addends = rows + aligned(c.addends ? 0 : count * kRowFloats * sizeof(float));
     dsink_sum = addends + aligned(c.addends ? count * kAddendBytes : 0);
     turn = dsink_sum + aligned(count * sizeof(float));
     spoilt = turn + aligned(count * sizeof(int));
-    bytes = spoilt + static_cast<size_t>(p.num_heads_kv * counts.key_tiles) * sizeof(SpoiltKeys);
+    spoilt_keys = spoilt + aligned(count * (head_dim / 32) * sizeof(SpoiltRows));
+    progress = spoilt_keys + aligned(static_cast<size_t>(counts.all_key_tiles) * sizeof(SpoiltKeys));
+    counters = progress + aligned(static_cast<size_t>(counts.units) * sizeof(Progress));
+    bytes = counters + sizeof(Counters);
   }
 };
 
@@ -70,9 +83,10 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
-  const Counts counts(p, c);
-  if (const int64_t ctas = std::max(counts.post_ctas + p.num_heads_q, counts.key_ctas); ctas > std::numeric_limits<int>::max())
-    return "batch, heads and sequences make " + std::to_string(ctas) + " tiles, more than fit into 32 bits";
+  const Counts counts(p, c, device);
+  const int64_t tiles = std::max({counts.all_tiles, counts.all_key_tiles, counts.works + counts.lag + 2 * device.units});
+  if (tiles > std::numeric_limits<int>::max())
+    return "batch, heads and sequences make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";
   return {};
 }
 
@@ -107,7 +121,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   const BackwardRow& row = table()[static_cast<size_t>(index)];
   const BackwardConfig& c = row.config;
   const bool bfloat16 = c.element == ptx::Element::kBFloat16;
-  const Counts counts(p, c);
+  const Counts counts(p, c, device);
   if (Status status =
           check_rows({{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"o", &a.o}, {"do", &a.do_}, {"dq", &a.dq}, {"dk", &a.dk}, {"dv", &a.dv}});
       !status.ok())
@@ -120,11 +134,11 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
 
   BackwardParams r{};
   const auto map = [&](const TensorView& view, int rows, CUtensorMap& to) { return make_tensor_map(map_source(view, bfloat16), rows, to); };
-  if (counts.row_ctas > 0) {
+  if (counts.all_tiles > 0) {
     if (Status status = map(a.q, c.block_m, r.q_map); !status.ok()) return status;
     if (Status status = map(a.do_, c.block_m, r.do_map); !status.ok()) return status;
   }
-  if (counts.key_ctas > 0 && a.k.shape[a.k.rank - 3] > 0) {
+  if (counts.works > 0 && a.k.shape[a.k.rank - 3] > 0) {
     if (Status status = map(a.k, 64, r.k_map); !status.ok()) return status;
     if (Status status = map(a.v, 64, r.v_map); !status.ok()) return status;
   }
@@ -172,23 +186,32 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.q_tiles = static_cast<int>(counts.q_tiles);
   r.k_tiles = static_cast<int>(counts.k_tiles);
   r.k_blocks = static_cast<int>(counts.k_blocks);
+  r.works = static_cast<int>(counts.works);
+  r.units = static_cast<int>(counts.units);
+  r.lag = static_cast<int>(counts.lag);
+  r.ring = static_cast<int>(counts.ring);
   r.tiles = counts.tiles;
   r.key_tiles = counts.key_tiles;
   char* workspace = static_cast<char*>(a.workspace);
-  const Workspace at(p, c);
+  const Workspace at(p, c, device);
   r.dq_sum = reinterpret_cast<float*>(workspace);
   r.rows = reinterpret_cast<float*>(workspace + at.rows);
   r.addends = c.addends ? reinterpret_cast<unsigned char*>(workspace + at.addends) : nullptr;
   r.dsink_sum = reinterpret_cast<float*>(workspace + at.dsink_sum);
   r.turn = reinterpret_cast<int*>(workspace + at.turn);
-  r.spoilt = reinterpret_cast<SpoiltKeys*>(workspace + at.spoilt);
+  r.spoilt = reinterpret_cast<SpoiltRows*>(workspace + at.spoilt);
+  r.spoilt_keys = reinterpret_cast<SpoiltKeys*>(workspace + at.spoilt_keys);
+  r.progress = reinterpret_cast<Progress*>(workspace + at.progress);
+  r.counters = reinterpret_cast<Counters*>(workspace + at.counters);
 
-  int head_dim = c.head_dim, post_ctas = static_cast<int>(counts.post_ctas);
-  void* arguments[] = {&r, &head_dim, &post_ctas};
+  int head_dim = c.head_dim;
+  void* arguments[] = {&r, &head_dim};
   Chain chain(stream);
-  chain.launch(row.preprocess, counts.row_ctas, kPreprocessThreads, 0, arguments);
-  chain.launch(row.function, counts.key_ctas, c.threads(), row.shared_bytes, arguments);
-  chain.launch(row.postprocess, counts.post_ctas + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0, arguments);
+  const int64_t tiles = std::max(counts.all_tiles, counts.all_key_tiles);
+  chain.launch(row.preprocess, std::max<int64_t>(tiles, 1), kPreprocessThreads, 0, arguments);
+  chain.launch(row.function, std::min<int64_t>(counts.works, device.units), c.threads(), row.shared_bytes, arguments);
+  chain.launch(row.postprocess, std::min<int64_t>(tiles, 4 * device.units) + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0,
+               arguments);
   return chain.status();
 }
 
@@ -206,7 +229,7 @@ Kernel kernel() {
             const BackwardRow& row = table()[kIndex];
             return TilePlan{row.config.block_m, row.config.block_n(), static_cast<int64_t>(row.shared_bytes), device.units};
           },
-      .workspace_bytes = [](const Problem& p, const Device&) { return Workspace(p, table()[kIndex].config).bytes; },
+      .workspace_bytes = [](const Problem& p, const Device& device) { return Workspace(p, table()[kIndex].config, device).bytes; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,
                    Stream stream) { return launch(static_cast<int>(kIndex), p, device, a, stream); },
   };

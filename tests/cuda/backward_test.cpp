@@ -91,6 +91,13 @@ TEST_F(Backward, ValuesThatAreNotFiniteReachTheGradientsThatUseThem) {
         }
 }
 
+// So many heads that the sums of dq, which lie in a ring, are used again, with few and with many blocks of keys to a head.
+TEST_F(Backward, SumsAreUsedAgain) {
+  for (const char* line : {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16", "bwd b24 q70 h15 d256 fp16",
+                           "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16"})
+    for (const char* order : {"", " deterministic"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 8, Layout::kBshd));
+}
+
 // Many tiles and blocks, so that rings wrap and every order of CTAs comes about.
 TEST_F(Backward, LongSequences) {
   for (const char* line : {"bwd q2000 k1900 h4/2 d128 bf16 causal", "bwd q1500 k2100 h2 d64 bf16", "bwd q1100 k1300 h2 d256 bf16 causal",

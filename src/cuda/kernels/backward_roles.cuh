@@ -28,7 +28,7 @@ struct KeySums {
 template <BackwardConfig C>
 struct KeyRole : KeyGradients<C> {
   using Base = KeyGradients<C>;
-  using Base::leader, Base::p, Base::params, Base::rows, Base::s, Base::shared, Base::slot;
+  using Base::leader, Base::p, Base::params, Base::rows, Base::s, Base::shared, Base::slot, Base::work;
 
   // sum += p^T times a step's q or do.
   template <int kColumns, class T>
@@ -47,17 +47,35 @@ struct KeyRole : KeyGradients<C> {
   __device__ __forceinline__ void hand_back(tile::Barrier (&empty)[C.stages], bool any) {
     empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader && any);
   }
-  // All query heads of the group, whose steps are the same.
+  // All works, and all query heads of a group, whose steps are the same.
   template <class Role>
-  static __device__ __forceinline__ void run_heads(Role& role, tile::Barrier& keys_full) {
-    const BackwardWork& work = role.shared.work;
+  static __device__ __forceinline__ void run(Role& role, tile::Barrier& keys_full) {
+#pragma unroll 1
+    for (; role.enter(); role.leave()) {
+      const BackwardWork& work = role.work();
+      if (work.claim < role.params.works) run_work(role, keys_full);
+      Share<C> share{role.params, work.share, ptx::thread_anew() % 128, role.part};
+      role.shared.share_ready.wait(role.place.stage());
+      share.load();
+      share.finish();
+      __syncwarp();
+      role.shared.share_written.arrive_if(role.leader);
+    }
+  }
+  template <class Role>
+  static __device__ __forceinline__ void run_work(Role& role, tile::Barrier& keys_full) {
+    const BackwardWork& work = role.work();
+    role.clear_operands();
+    role.clear();
     const int begin = ptx::uniform(work.all.begin), end = ptx::uniform(work.all.end);
     const bool whole = work.n_begin + 64 <= work.part.band.seqlen_k;  // else every step is at the edge
     const int full_begin = ptx::uniform(work.all.full_begin), full_end = ptx::uniform(whole ? work.all.full_end : 0);
-    if (begin == end) return;
-    keys_full.wait(0);
-    for (int head = 0; head < role.params.group; ++head)
-      role.run_head(work.head * role.params.group + head, begin, end, full_begin, full_end);
+    if (begin < end) {
+      keys_full.wait(work.parity);
+      for (int head = 0; head < role.params.group; ++head)
+        role.run_head(work.head * role.params.group + head, begin, end, full_begin, full_end);
+    }
+    role.write();
   }
 };
 
@@ -117,11 +135,8 @@ struct ScoreRole : KeyRole<C> {
     dv.hold();
     Base::hand_back(shared.do_empty, true);
   }
-  __device__ __forceinline__ void run() {
-    dv.clear();
-    Base::run_heads(*this, shared.k_full);
-    Base::template write<dv.kParts>(dv.of, 1, params.dv, 1, params.head_dim_v);
-  }
+  __device__ __forceinline__ void clear() { dv.clear(); }
+  __device__ __forceinline__ void write() { Base::template write<dv.kParts>(dv.of, 1, params.dv, 1, params.head_dim_v); }
 };
 
 // dP, ds and dk. Between having ds and passing it on nothing is waited for either.
@@ -172,11 +187,8 @@ struct ScoreGradientRole : KeyRole<C> {
     dk.hold();
     Base::hand_back(shared.q_empty, true);
   }
-  __device__ __forceinline__ void run() {
-    dk.clear();
-    Base::run_heads(*this, shared.v_full);
-    Base::template write<dk.kParts>(dk.of, 0, params.dk, params.scale, params.head_dim);
-  }
+  __device__ __forceinline__ void clear() { dk.clear(); }
+  __device__ __forceinline__ void write() { Base::template write<dk.kParts>(dk.of, 0, params.dk, params.scale, params.head_dim); }
 };
 
 template <class Row>
@@ -185,28 +197,28 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
   static_assert(sizeof(BackwardShared<C>) <= 227 << 10 && C.mains == 2 && C.block_m == kBlockM && !C.addends);
   extern __shared__ __align__(1024) unsigned char memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
-  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x == 0) shared.init_barriers(params.deterministic);
   shared.clear_columns(params.head_dim, params.head_dim_v);
-  if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
   __syncthreads();
   ptx::launch_dependents();
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 3) {
     ptx::give_registers<kLoaderRegisters>();
-    if (threadIdx.x % 128 == 0) Loader<C>{params, shared}.run_q();
-    if (threadIdx.x % 128 == 32) Loader<C>{params, shared}.run_do();
-    if (threadIdx.x % 128 == 64 && params.deterministic) Turns<C>{params, shared}.run();
+    if (threadIdx.x % 128 == 0) Loader<C>{{params, shared}}.run_q();
+    if (threadIdx.x % 128 == 32) Loader<C>{{params, shared}}.run_do();
+    if (threadIdx.x % 128 == 64 && params.deterministic) Turns<C>{{params, shared}}.run();
+    if (threadIdx.x % 128 >= 96) Claimer<C>{params, shared}.run();
   } else if (warpgroup == 0) {
     ptx::give_registers<C.dq_registers>();
-    QueryGradients<C>{params, shared}.run();
+    QueryGradients<C>{{params, shared}}.run();
   } else {
     ptx::take_registers<C.main_registers>();
     if (warpgroup == 1) {
-      ScoreRole<C> role{{{params, shared, 0}}};
-      role.run();
+      ScoreRole<C> role{{{{params, shared}, 0}}};
+      KeyRole<C>::run(role, shared.k_full);
     } else {
-      ScoreGradientRole<C> role{{{params, shared, 1}}};
-      role.run();
+      ScoreGradientRole<C> role{{{{params, shared}, 1}}};
+      KeyRole<C>::run(role, shared.v_full);
     }
   }
 }

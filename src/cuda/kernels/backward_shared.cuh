@@ -1,4 +1,4 @@
-// What the warpgroups of the backward kernel share, the warp that loads, and the warpgroup that sums dq.
+// What the warpgroups of the backward kernel share, and the warps that serve them: one claims works, one loads, one watches turns.
 #pragma once
 
 #include "cuda/kernels/gradient_work.cuh"
@@ -22,12 +22,13 @@ struct BackwardShared {
   tile::Tile<C.block_m, C.head_dim> q[C.stages];
   tile::Tile<C.block_m, C.head_dim_v> do_[C.stages];
   tile::Tile<C.block_m, kRows> ds[kSlots][C.key_tiles()];                      // queries are rows, 64 keys columns
-  tile::Tile<C.roles ? 8 : C.block_m, kRows> nothing;                          // zeros, for keys that a step's queries do not see
   static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
   // 8 rows with 1 for the columns of the addends. Not last: memcheck takes them for the 64 rows that the product sees.
   alignas(256) unsigned char ones[256];
   alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];  // gradient_params.h
-  BackwardWork work;
+  BackwardWork work[2];                                              // the present one and the next
+  tile::Barrier work_full[2], work_empty[2], loads_issued, keys_empty;
+  tile::Barrier sums_free, sums_added, share_ready, share_written;  // for each claim: may it be done, has it been
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
   tile::Barrier my_turn, added;                      // where the order of additions to dq matters: see Turns
@@ -48,7 +49,17 @@ struct BackwardShared {
     *reinterpret_cast<uint4*>(ones + tile::narrow_offset(row, half)) = make_uint4(here ? 0x3f803f80 : 0, here ? 0x3f80 : 0, 0, 0);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
-  __device__ __forceinline__ void init_barriers() {
+  __device__ __forceinline__ void init_barriers(bool deterministic) {
+    for (int i = 0; i < 2; ++i) {
+      work_full[i].init(32);
+      work_empty[i].init(128 * (C.mains + 1) + (C.roles ? 2 : 1) + (deterministic ? 1 : 0));  // warpgroups, loading threads, turns
+    }
+    loads_issued.init(1);
+    keys_empty.init(4);
+    sums_free.init(1);
+    sums_added.init(4);
+    share_ready.init(1);
+    share_written.init(4 * C.mains);
     k_full.init(C.key_tiles());
     v_full.init(C.key_tiles());
     for (int i = 0; i < C.stages; ++i) {
@@ -69,35 +80,125 @@ struct BackwardShared {
   }
 };
 
-// One thread: the block of keys, then every step's queries with their rows. Of roles two threads: q and do come and go at their own times.
+// A role's way through what the CTA claims.
 template <BackwardConfig C>
-struct Loader {
+struct Claims {
   const BackwardParams& params;
   BackwardShared<C>& shared;
-  int head = 0, m = shared.work.all.begin;
+  tile::Ring<2> place;
+
+  __device__ __forceinline__ const BackwardWork& work() const { return shared.work[place.stage()]; }
+  // Waits for the present one; false: it is past the last.
+  __device__ __forceinline__ bool enter() {
+    shared.work_full[place.stage()].wait(place.parity());
+    return work().claim < params.works + params.lag;
+  }
+  // Goes on to the next. Every thread arrives, for what it has read.
+  __device__ __forceinline__ void leave() {
+    shared.work_empty[place.stage()].arrive();
+    place.advance();
+  }
+};
+
+// One warp: claims, finds what claims mean, and keeps in step with other CTAs.
+// The next claim comes when all loads of the one before have been issued: late, so that who is fast gets more, and early enough to load the
+// next block of keys as soon as it can be. Even the first is not the CTA's number: others may wait for what has been claimed, so it must be
+// somebody's who is running. What others have done, and what the dq warpgroup has, is asked and told here, because the way to global memory
+// and back takes thousands of clocks; nobody waits for a claim that is not smaller than his own.
+template <BackwardConfig C>
+struct Claimer {
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  const bool leader = threadIdx.x % 32 == 0;
+
+  __device__ __forceinline__ bool all(const int& count) const { return ptx::load_acquire(&count) == params.k_blocks; }
+  // What a claim's sums wait for: dq of the unit that had their place before.
+  __device__ __forceinline__ bool is_free(int claim) const {
+    const int before = claim / params.k_blocks - params.ring;
+    return claim >= params.works || before < 0 || all(params.progress[before].written);
+  }
+  // Whether all of the unit that a claim writes a share of have added to its sums.
+  __device__ __forceinline__ bool is_summed(int claim) const {
+    return claim < params.lag || claim >= params.works + params.lag || all(params.progress[(claim - params.lag) / params.k_blocks].added);
+  }
+
+  __device__ __forceinline__ void run() {
+    uint32_t parity = 0;
+    ptx::wait_for_previous();  // the preprocess kernel has set the counter to 0
+#pragma unroll 1
+    for (int count = 0, before = 0;; ++count) {
+      BackwardWork& work = shared.work[count % 2];
+      const int phase = count % 2 ^ 1;  // of the claim before
+      int claim = 0;
+      if (leader) claim = atomicAdd(&params.counters->claims, 1);
+      claim = ptx::uniform(claim);
+      shared.work_empty[count % 2].wait(count / 2 % 2 ^ 1);
+      const bool any = find_work<C>(params, work, claim);
+      if (leader) {
+        work.parity = parity;
+        find_share(params, work.share, claim - params.lag);
+      }
+      if (any) parity ^= 1;
+      shared.work_full[count % 2].arrive();  // every lane, for what it has written
+      const bool free = is_free(claim), ready = is_summed(claim);
+      // Not before all have passed the phase before, or two phases could pass unseen.
+      if (count > 0) shared.sums_added.wait(phase);
+      if (free) shared.sums_free.arrive_if(leader);
+      if (count > 0) shared.share_written.wait(phase);
+      if (ready) shared.share_ready.arrive_if(leader);
+      if (count > 0 && leader && before >= params.lag)
+        ptx::add_release(&params.progress[(before - params.lag) / params.k_blocks].written, 1);
+      before = claim;
+      if (claim >= params.works + params.lag) break;
+      if (!free) {
+        while (!is_free(claim)) __nanosleep(20);
+        shared.sums_free.arrive_if(leader);
+      }
+      if (!ready) {
+        while (!is_summed(claim)) __nanosleep(20);
+        shared.share_ready.arrive_if(leader);
+      }
+      shared.loads_issued.wait(count % 2);
+      if (params.deterministic) shared.sums_added.wait(count % 2);  // who claims first must begin first
+    }
+  }
+};
+
+// One thread: each work's block of keys, then every step's queries with their rows. Of roles two threads: q and do come and go at their
+// own times.
+template <BackwardConfig C>
+struct Loader : Claims<C> {
+  using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
+  int head, m;
   tile::Cycle<C.stages> at;
 
-  __device__ __forceinline__ bool more() const { return head < params.group && m < shared.work.all.end; }
+  __device__ __forceinline__ bool more() const { return head < params.group && m < work().all.end; }
   __device__ __forceinline__ void next() {
     at.advance();
-    if (++m == shared.work.all.end) m = shared.work.all.begin, ++head;
+    if (++m == work().all.end) m = work().all.begin, ++head;
+  }
+  // False: no query sees the keys.
+  __device__ __forceinline__ bool begin() {
+    head = 0, m = work().all.begin;
+    if (more()) shared.keys_empty.wait(work().parity ^ 1);
+    return more();
   }
   template <class T>
   __device__ __forceinline__ void load_keys(T (&to)[C.key_tiles()], const CUtensorMap& map, tile::Barrier& full, int columns) {
-    const Sequence& sequence = shared.work.part.sequence;
+    const Sequence& sequence = work().part.sequence;
 #pragma unroll 1
     for (int i = 0; i < C.key_tiles(); ++i) {
-      const int row = shared.work.n_begin + 64 * i;
-      tile::load_rows(to[i], &map, full, sequence.k_row + row, sequence.seqlen_k - row, shared.work.head,
-                      params.cu_seqlens_k ? 0 : shared.work.batch, columns);
+      const int row = work().n_begin + 64 * i;
+      tile::load_rows(to[i], &map, full, sequence.k_row + row, sequence.seqlen_k - row, work().head, params.cu_seqlens_k ? 0 : work().batch,
+                      columns);
     }
   }
   template <class T>
   __device__ __forceinline__ void load_queries(T& to, const CUtensorMap& map, tile::Barrier& full, int columns) {
-    const Sequence& sequence = shared.work.part.sequence;
+    const Sequence& sequence = work().part.sequence;
     const int row = m * C.block_m;
-    tile::load_rows(to, &map, full, sequence.q_row + row, sequence.seqlen_q - row, shared.work.head * params.group + head,
-                    params.cu_seqlens_q ? 0 : shared.work.batch, columns);
+    tile::load_rows(to, &map, full, sequence.q_row + row, sequence.seqlen_q - row, work().head * params.group + head,
+                    params.cu_seqlens_q ? 0 : work().batch, columns);
   }
   __device__ __forceinline__ void load_k() { load_keys(shared.k, params.k_map, shared.k_full, params.head_dim); }
   __device__ __forceinline__ void load_v() { load_keys(shared.v, params.v_map, shared.v_full, params.head_dim_v); }
@@ -106,40 +207,46 @@ struct Loader {
   }
   __device__ __forceinline__ void load_q() { load_queries(shared.q[at.stage], params.q_map, shared.q_full[at.stage], params.head_dim); }
   __device__ __forceinline__ void load_rows() {
-    if (head == 0 && m == shared.work.all.begin) ptx::wait_for_previous();  // they come from the preprocess kernel
     shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
     const auto* rows = C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows);
     ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
-                               rows + tile_index<C>(params, shared.work, head, m) * shared.kRowBytes, sizeof(shared.rows[at.stage]),
+                               rows + tile_index<C>(params, work(), head, m) * shared.kRowBytes, sizeof(shared.rows[at.stage]),
                                &shared.q_full[at.stage].state);
   }
-  __device__ __forceinline__ void load_step() {
-    shared.q_empty[at.stage].wait(at.parity ^ 1);
-    load_q();
-    load_do();
-    load_rows();
-    next();
-  }
   __device__ __forceinline__ void run() {
-    if (more()) load_k(), load_v();
 #pragma unroll 1
-    while (more()) load_step();
+    for (; this->enter(); shared.loads_issued.arrive(), this->leave()) {
+      if (begin()) load_k(), load_v();
+#pragma unroll 1
+      for (; more(); next()) {
+        shared.q_empty[at.stage].wait(at.parity ^ 1);
+        load_q();
+        load_do();
+        load_rows();
+      }
+    }
   }
   __device__ __forceinline__ void run_q() {
-    if (more()) load_k();
 #pragma unroll 1
-    for (; more(); next()) {
-      shared.q_empty[at.stage].wait(at.parity ^ 1);
-      load_q();
-      load_rows();
+    for (; this->enter(); shared.loads_issued.arrive(), this->leave()) {
+      if (begin()) load_k();
+#pragma unroll 1
+      for (; more(); next()) {
+        shared.q_empty[at.stage].wait(at.parity ^ 1);
+        load_q();
+        load_rows();
+      }
     }
   }
   __device__ __forceinline__ void run_do() {
-    if (more()) load_v();
 #pragma unroll 1
-    for (; more(); next()) {
-      shared.do_empty[at.stage].wait(at.parity ^ 1);
-      load_do();
+    for (; this->enter(); this->leave()) {
+      if (begin()) load_v();
+#pragma unroll 1
+      for (; more(); next()) {
+        shared.do_empty[at.stage].wait(at.parity ^ 1);
+        load_do();
+      }
     }
   }
 };
@@ -147,98 +254,24 @@ struct Loader {
 // One thread, where the order of additions to dq matters: tells the dq warpgroup when a step's turn has come, and the next block of keys
 // when the additions have been made. So nobody waits for the way to global memory and back, which takes longer than the additions.
 template <BackwardConfig C>
-struct Turns {
-  const BackwardParams& params;
-  BackwardShared<C>& shared;
+struct Turns : Claims<C> {
+  using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
 
   __device__ __forceinline__ void run() {
-    ptx::wait_for_previous();
     uint32_t parity = 0;
 #pragma unroll 1
-    for (int head = 0; head < params.group; ++head)
+    for (; this->enter(); this->leave())
 #pragma unroll 1
-      for (int m = shared.work.all.begin; m < shared.work.all.end; ++m, parity ^= 1) {
-        int* turn = params.turn + tile_index<C>(params, shared.work, head, m);
-        const int mine = turn_of(shared.work.part.band, m, shared.work.n_block, C.block_m, C.block_n());
-        while (ptx::load_acquire(turn) != mine) __nanosleep(20);
-        shared.my_turn.arrive();
-        shared.added.wait(parity);
-        ptx::add_release(turn, 1);
-      }
-  }
-};
-
-// One warpgroup: dq of every step.
-template <BackwardConfig C>
-struct QueryGradients {
-  static constexpr int kWidth = C.dq_columns, kPasses = C.head_dim / kWidth, kThreads = 128;
-  const BackwardParams& params;
-  BackwardShared<C>& shared;
-  const int thread = static_cast<int>(threadIdx.x) % kThreads;
-
-  __device__ __forceinline__ void run() {
-    const int begin = ptx::uniform(shared.work.all.begin), end = ptx::uniform(shared.work.all.end);
-    for (int i = thread; i < shared.nothing.kBytes / 16; i += kThreads)
-      reinterpret_cast<uint4*>(shared.nothing.bytes)[i] = make_uint4(0, 0, 0, 0);
-    for (int i = 0; i < C.key_tiles(); ++i)  // keys past the end are not loaded
-      if (shared.work.n_begin + 64 * i >= shared.work.part.sequence.seqlen_k) tile::clear_panels(shared.k[i], 0, thread, kThreads);
-    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    ptx::barrier_sync(1, kThreads);
-    ptx::wait_for_previous();
-    uint32_t parity = 0;
-    tile::Ring<kSlots> slot[C.key_tiles()];
-    int mine_begin[C.key_tiles()], mine_end[C.key_tiles()];
-#pragma unroll
-    for (int i = 0; i < C.key_tiles(); ++i) {
-      mine_begin[i] = ptx::uniform(shared.work.mine[i].begin);
-      mine_end[i] = ptx::uniform(shared.work.mine[i].end);
-    }
+      for (int head = 0; head < params.group; ++head)
 #pragma unroll 1
-    for (int head = 0; head < params.group; ++head)
-#pragma unroll 1
-      for (int m = begin; m < end; ++m) {
-        bool seen[C.key_tiles()];
-        uint32_t a[C.key_tiles()];
-#pragma unroll
-        for (int i = 0; i < C.key_tiles(); ++i) {
-          seen[i] = m >= mine_begin[i] && m < mine_end[i];
-          if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
-          a[i] = tile::operand(seen[i] ? shared.ds[slot[i].stage()][i].bytes : shared.nothing.bytes, 16);
+        for (int m = work().all.begin; m < work().all.end; ++m, parity ^= 1) {
+          int* turn = params.turn + tile_index<C>(params, work(), head, m);
+          const int mine = turn_of(work().part.band, m, work().n_block, C.block_m, C.block_n());
+          while (ptx::load_acquire(turn) != mine) __nanosleep(20);
+          shared.my_turn.arrive();
+          shared.added.wait(parity);
+          ptx::add_release(turn, 1);
         }
-        float* sum = params.dq_sum + tile_index<C>(params, shared.work, head, m) * kBlockM * C.head_dim + thread * 4;
-#pragma unroll
-        for (int pass = 0; pass < C.tiles() * kPasses; ++pass) {
-          const int tile = pass / kPasses, columns = pass % kPasses * kWidth;
-          float dq[kWidth / 2];
-          ptx::wgmma_fence();
-#pragma unroll
-          for (int step = 0; step < 4 * C.key_tiles(); ++step) {
-            const auto& k = shared.k[step / 4];
-            const uint32_t b = tile::operand(k.bytes, k.kPanelBytes) + ((columns / 64 * k.kPanelBytes + step % 4 * 2048) >> 4);
-            ptx::Wgmma<C.element, kWidth>::st(dq, a[step / 4] + ((tile * kBlockM * 128 + step % 4 * 32) >> 4), b, step > 0);
-          }
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<0>();
-          tile::hold(dq);
-          if (params.deterministic && pass == 0) {
-            shared.my_turn.wait(parity);
-            parity ^= 1;
-          }
-          if (pass + 1 == C.tiles() * kPasses)
-#pragma unroll
-            for (int i = 0; i < C.key_tiles(); ++i) {
-              shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && thread % 32 == 0);
-              if (seen[i]) slot[i].advance();
-            }
-#pragma unroll
-          for (int j = 0; j < kWidth / 8; ++j) {
-            ptx::add_global(sum + (tile * C.head_dim / 8 + columns / 8 + j) * kThreads * 4, dq + 4 * j);
-            if constexpr (C.pace > 0) ptx::pause<C.pace>();
-          }
-        }
-        __syncwarp();
-        if (params.deterministic) shared.added.arrive_if(thread % 32 == 0);
-      }
   }
 };
 

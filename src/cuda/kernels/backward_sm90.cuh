@@ -1,7 +1,8 @@
 // Exact attention backward on Hopper: a block of keys with its dk and dv stays on an SM while the queries that see it pass by. Read from
 // top to bottom, it is in the order of events.
 //
-// A CTA owns 64 keys per main warpgroup of one key/value head and walks in steps over the queries of every query head of the group:
+// A CTA stays on its SM. It owns 64 keys per main warpgroup of one key/value head and walks in steps over the queries of every query head
+// of the group, then takes the next block of keys:
 //   S^T = K Q^T      P^T = 2^(S^T - lse)         dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T (dP^T - delta)   dK += dS^T Q     dQ += dS K
 // Main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
@@ -9,7 +10,8 @@
 // it with K and adds dQ to float32 sums in global memory straight from its registers. One thread loads.
 #pragma once
 
-#include "cuda/kernels/backward_shared.cuh"
+#include "cuda/kernels/backward_queries.cuh"
+#include "cuda/kernels/backward_shares.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/cycle.cuh"
@@ -23,14 +25,12 @@ namespace tilewise {
 
 // One main warpgroup: 64 keys, their dk and dv.
 template <BackwardConfig C>
-struct KeyGradients {
-  const BackwardParams& params;
-  BackwardShared<C>& shared;
+struct KeyGradients : Claims<C> {
+  using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
   const int part;                       // which warpgroup
   const int keys = C.roles ? 0 : part;  // which 64 keys
   const bool leader = threadIdx.x % 32 == 0;
 
-  static_assert(!C.addends || C.block_m == kBlockM);  // they lie tile by tile
   static constexpr int kScores = C.block_m / 2;
   float s[kScores];  // 64 keys x a step's queries
   uint32_t p[kScores / 2], rounded[kScores / 2];
@@ -42,7 +42,7 @@ struct KeyGradients {
   __device__ __forceinline__ void add_rows(int which) {
     if constexpr (C.addends)
       ptx::Wgmma<ptx::Element::kBFloat16, C.block_m>::template ss<ptx::kNarrowRepeated, ptx::kNarrow>(
-          s, tile::operand(shared.ones, 16), tile::operand(shared.rows[rows.stage] + which * (kAddendBytes / 2), 16), 1);
+          s, tile::operand(shared.ones, 16), tile::operand(shared.rows[rows.stage] + which * C.tiles() * (kAddendBytes / 2), 16), 1);
   }
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
@@ -61,8 +61,8 @@ struct KeyGradients {
 
   // Pairs of a block at the edge that are not visible become 0.
   __device__ __forceinline__ void mask(float (&x)[kScores], int m) {
-    const Band& band = shared.work.part.band;
-    const int key = shared.work.n_begin + 64 * keys + tile::this_lane().row, query = m * C.block_m + tile::this_lane().column;
+    const Band& band = work().part.band;
+    const int key = work().n_begin + 64 * keys + tile::this_lane().row, query = m * C.block_m + tile::this_lane().column;
     // Of this thread's queries, two in every 8, those before one, as bits.
     const auto before = [&](int end) {
       const int c = min_of(max_of(end - query, 0), C.block_m), count = c / 8 * 2 + min_of(c % 8, 2);
@@ -84,9 +84,9 @@ struct KeyGradients {
     float slope = 0, distance = 0;
     if constexpr (C.modified) {
       wait_for_slot();
-      slope = params.alibi_slopes ? params.alibi_slopes[shared.work.batch * params.alibi_batch + head] * kLog2e : 0;
-      distance = static_cast<float>(shared.work.n_begin + 64 * keys + tile::this_lane().row - (m * C.block_m + tile::this_lane().column) -
-                                    shared.work.part.band.offset);
+      slope = params.alibi_slopes ? params.alibi_slopes[work().batch * params.alibi_batch + head] * kLog2e : 0;
+      distance = static_cast<float>(work().n_begin + 64 * keys + tile::this_lane().row - (m * C.block_m + tile::this_lane().column) -
+                                    work().part.band.offset);
     }
 #pragma unroll
     for (int j = 0; j < kScores / 8; ++j) {
@@ -271,35 +271,52 @@ struct KeyGradients {
   // kernel (gradient_rows.cuh), and left to it where they would be added.
   template <int kParts, int kCount>
   __device__ __forceinline__ void write(const float (*sum)[kCount], int which, const Elements& to, float factor, int columns) {
-    const BackwardWork& work = shared.work;
-    const int key = work.n_begin + 64 * keys + tile::this_lane().row, warp = static_cast<int>(threadIdx.x) / 32 % 4;
-    SpoiltKeys& spoilt = params.spoilt[work.head * params.key_tiles + work.first_key_tile + work.n_begin / 64 + keys];
+    const BackwardWork& work = this->work();
+    const int thread = ptx::thread_anew(), warp = thread / 32 % 4;
+    const int key = work.n_begin + 64 * keys + tile::lane_of(thread).row;
+    SpoiltKeys& spoilt = params.spoilt_keys[work.head * params.key_tiles + work.first_key_tile + work.n_begin / 64 + keys];
+    float zero[2] = {0, 0};
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) zero[i % 2] += 0 * sum[part][i];
+    const bool finite = __all_sync(0xffffffff, zero[0] + zero[1] == 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       unsigned rows = 0;
+      if (!finite)
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) rows |= tile::infinite_rows(sum[part], r);
+        for (int part = 0; part < kParts; ++part) rows |= tile::infinite_rows(sum[part], r);
       bool inside = key + 8 * r < work.part.band.seqlen_k;
-      if (inside && leader) spoilt.rows[which][warp][r] = rows;
-      if (params.accumulate && (rows >> threadIdx.x % 32 & 1)) inside = false;
+      if (rows && inside && thread % 32 == 0) spoilt.rows[which].of[warp][r] = rows, params.counters->spoilt = 1;
+      if (params.accumulate && (rows >> thread % 32 & 1)) inside = false;
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
         write_gradient<C.element>(params, sum[part], r, factor, inside, to, work.batch, work.part.sequence.k_row + key + 8 * r, work.head,
-                                  part * kCount * 2, columns);
+                                  part * kCount * 2, columns, thread);
     }
   }
 
-  __device__ __forceinline__ void run() {
+  // What the products work on begins anew, so that between works no register is kept for it.
+  __device__ __forceinline__ void clear_operands() {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] = 0;
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i] = rounded[i] = 0;
+  }
+
+  __device__ __forceinline__ void run_work() {
+    clear_operands();
 #pragma unroll
     for (int i = 0; i < C.head_dim / 2; ++i) dk[i] = dv[i] = 0;
-    const BlockRange& range = shared.work.mine[keys];
-    const int all_begin = ptx::uniform(shared.work.all.begin), all_end = ptx::uniform(shared.work.all.end);
+    const BlockRange& range = work().mine[keys];
+    const int all_begin = ptx::uniform(work().all.begin), all_end = ptx::uniform(work().all.end);
     const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
-    const bool whole = shared.work.n_begin + 64 * keys + 64 <= shared.work.part.band.seqlen_k;  // else every step is at the edge
+    const bool whole = work().n_begin + 64 * keys + 64 <= work().part.band.seqlen_k;  // else every step is at the edge
     const int full_begin = ptx::uniform(range.full_begin), full_end = ptx::uniform(whole ? range.full_end : 0);
-    if (all_begin < all_end) {
-      shared.k_full.wait(0);
-      shared.v_full.wait(0);
+    if (begin < end) {
+      shared.k_full.wait(work().parity);
+      shared.v_full.wait(work().parity);
     }
     for (int head = 0; head < params.group; ++head) {
       if (begin == end) {
@@ -307,11 +324,24 @@ struct KeyGradients {
         continue;
       }
       skip(begin - all_begin);
-      run_head(shared.work.head * params.group + head, begin, end, full_begin, full_end);
+      run_head(work().head * params.group + head, begin, end, full_begin, full_end);
       skip(all_end - end);
     }
     write<1>(&dv, 1, params.dv, 1, params.head_dim_v);
-    write<1>(&dk, 0, params.dk, params.scale, params.head_dim);
+  }
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (; this->enter(); this->leave()) {
+      const bool any = ptx::uniform(work().claim) < params.works;
+      if (any) run_work();
+      Share<C> share{params, work().share, ptx::thread_anew() % 128, part};
+      shared.share_ready.wait(this->place.stage());
+      share.load();  // it takes a while
+      if (any) write<1>(&dk, 0, params.dk, params.scale, params.head_dim);
+      share.finish();
+      __syncwarp();
+      shared.share_written.arrive_if(leader);
+    }
   }
 };
 
@@ -322,22 +352,22 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   static_assert(sizeof(BackwardShared<C>) <= 227 << 10);
   extern __shared__ __align__(1024) unsigned char memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
-  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x == 0) shared.init_barriers(params.deterministic);
   if (params.head_dim < C.head_dim || params.head_dim_v < C.head_dim_v) shared.clear_columns(params.head_dim, params.head_dim_v);
   if constexpr (C.addends) shared.init_ones();
-  if (threadIdx.x / 32 == 4) find_work<C>(params, shared.work);
   __syncthreads();
   ptx::launch_dependents();
   if (threadIdx.x >= 128 * (C.mains + 1)) {
     ptx::give_registers<kLoaderRegisters>();
-    if (threadIdx.x % 128 == 0) Loader<C>{params, shared}.run();
-    if (threadIdx.x % 128 == 32 && params.deterministic) Turns<C>{params, shared}.run();
+    if (threadIdx.x % 128 == 0) Loader<C>{{params, shared}}.run();
+    if (threadIdx.x % 128 == 32 && params.deterministic) Turns<C>{{params, shared}}.run();
+    if (threadIdx.x % 128 >= 96) Claimer<C>{params, shared}.run();
   } else if (threadIdx.x < 128) {
     ptx::give_registers<C.dq_registers>();
-    QueryGradients<C>{params, shared}.run();
+    QueryGradients<C>{{params, shared}}.run();
   } else {
     ptx::take_registers<C.main_registers>();
-    KeyGradients<C> gradients{params, shared, ptx::uniform(static_cast<int>(threadIdx.x) / 128 - 1)};
+    KeyGradients<C> gradients{{params, shared}, ptx::uniform(static_cast<int>(threadIdx.x) / 128 - 1)};
     gradients.run();
   }
 }

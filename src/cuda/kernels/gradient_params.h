@@ -33,9 +33,22 @@ struct BackwardConfig {
   TW_HD constexpr int threads() const { return 128 * (mains + 2); }
 };
 
-// Rows of dk (0) and dv (1) of 64 keys that are not finite: a warp has 16 of them, and four bits for each of its first and last 8.
+// Rows of a tile of gradients that are not finite: a warp has 16 of them, and four bits for each of its first and last 8.
+struct SpoiltRows {
+  unsigned of[4][2];
+};
+// Of dk (0) and dv (1).
 struct SpoiltKeys {
-  unsigned rows[2][4][2];
+  SpoiltRows rows[2];
+};
+
+// How far a unit is: blocks of keys that have added to its dq, and shares of dq that have been written.
+struct Progress {
+  int added, written;
+};
+struct Counters {
+  int claims;  // so far
+  int spoilt;  // not 0: a row of a gradient is not finite
 };
 
 struct BackwardParams {
@@ -58,17 +71,24 @@ struct BackwardParams {
   int block_m;      // of a step: each sequence has whole steps of tiles
   // Of one head, packed: bounds; not packed: of one sequence. Tiles of rows and of keys, and blocks of keys.
   int q_tiles, k_tiles, k_blocks;
-  // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). Everything but spoilt is written
-  // by the preprocess kernel.
+  // A work is a block of keys, a unit the query heads of one key/value head (of one sequence, where sequences are not packed): k_blocks
+  // works and the sums of group * q_tiles tiles of dq. The CTAs claim numbers in rising order: claim w stands for work w, and for the
+  // w - lag'th share of dq, whose sums are then complete. Sums lie in a ring of units: dq of one is written before the next one there adds.
+  int works, units, lag, ring;
+  // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes all
+  // of it first.
   long long tiles, key_tiles;  // of one head in the workspace
-  float* dq_sum;               // [head][tile][head_dim / 8][128 threads][4]: accumulators as the tensor cores hold them
+  float* dq_sum;               // [ring][head of the group][tile][head_dim / 8][128 threads][4]: as the tensor cores hold accumulators
   float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
-  unsigned char* addends;      // [head][tile][2][64] rows of 16 bfloat16, of which the sum of three is -lse / scale, and -delta; or null,
-                               // where rows are used
+  unsigned char* addends;      // [head][step][2][block_m] rows of 16 bfloat16, of which the sum of three is -lse / scale, and -delta; or
+                               // null, where rows are used
   float* dsink_sum;            // [head][tile]
   int* turn;                   // [head][tile]: how many blocks of keys have added to dq, where their order matters
-  SpoiltKeys* spoilt;          // [key/value head][tile of keys]
-  int block_n;                 // keys of a CTA of the backward kernel
+  SpoiltKeys* spoilt_keys;     // [key/value head][tile of keys]
+  SpoiltRows* spoilt;          // [head][tile][head_dim / 32]: of dq, by 32 columns
+  Progress* progress;          // [unit]
+  Counters* counters;
+  int block_n;  // keys of a work
 };
 
 // The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.
@@ -98,9 +118,6 @@ TW_HD Trimmed trim(Sequence sequence, long long window_left, long long window_ri
 
 // Rows of a tile, so that what a thread needs of 16 of them is together: in the accumulators it has columns 8 j + 2 (t % 4) + {0, 1}.
 TW_HD int row_place(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
-
-// Row number i of those before `begin` and from `end` on.
-TW_HD int outside_row(int i, int begin, int length) { return i < begin ? i : i + length; }
 
 // Tiles of sequence `batch` begin here: each takes whole steps, at most one more than its share of rows.
 TW_HD long long first_tile(const BackwardParams& p, long long q_row, int batch) {

@@ -50,73 +50,109 @@ __device__ __forceinline__ T* row_of(const Elements& t, bool packed, int batch, 
 // Row r of this thread's fragment of a gradient, from `column` on: stored, or added where the caller wants that.
 template <ptx::Element kElement, int kCount>
 __device__ __forceinline__ void write_gradient(const BackwardParams& p, const float (&sum)[kCount], int r, float factor, bool inside,
-                                               const Elements& to, int batch, long long row, int head, int column, int columns) {
+                                               const Elements& to, int batch, long long row, int head, int column, int columns,
+                                               int thread) {
   const bool packed = p.cu_seqlens_q != nullptr;
   if (p.accumulate)
-    tile::add_row(sum, r, factor, inside ? row_of<float>(to, packed, batch, row, head) + column : nullptr, columns - column);
+    tile::add_row(sum, r, factor, inside ? row_of<float>(to, packed, batch, row, head) + column : nullptr, columns - column, thread);
   else
-    tile::store_row<kElement>(sum, r, factor, inside ? row_of(to, packed, batch, row, head) + column : nullptr, columns - column);
+    tile::store_row<kElement>(sum, r, factor, inside ? row_of(to, packed, batch, row, head) + column : nullptr, columns - column, thread);
 }
 
-// What a CTA does. Written once, read by all.
+// Tiles of dq that are written from their sums. Not packed, all are of one sequence.
+struct ShareWork {
+  Sequence sequence;     // not packed: its rows that take part
+  long long first_tile;  // not packed: of the sequence
+  int batch, head;       // not packed; the first head of the unit
+  int begin, tiles;      // tiles of the unit
+  int first_sum;         // of the unit: tile of the ring of sums
+  bool again;            // another unit will use the sums
+};
+
+// What a CTA does for a claim. Written by one warp, read by all.
 struct BackwardWork {
   static constexpr int kMost = 2;
   Trimmed part;
   long long first_tile, first_key_tile;
+  int claim, unit;
   int batch, head;              // of keys and values
   int n_block, n_begin;         // of the trimmed sequence
+  int first_sum;                // tile of the ring of sums
+  uint32_t parity;              // of the phases of K and V, which are loaded once for each work that has steps
   BlockRange all, mine[kMost];  // steps of queries that see the block, and each 64 keys of it
+  ShareWork share;
 };
 
-// The place of a step's first tile in the workspace.
+// The place of a step's first tile in the workspace, and of its sums.
 template <BackwardConfig C>
 __device__ __forceinline__ long long tile_index(const BackwardParams& params, const BackwardWork& work, int head, int m) {
   return (work.head * params.group + head) * params.tiles + work.first_tile + m * C.tiles();
 }
-
-// Finds the CTA's work and writes 0 to rows of dk and dv that take no part (adds none, where gradients are added). By one warp. Long blocks
-// come first under a causal mask; where the order of additions to dq matters, blocks come falling, so that whoever is waited for has been
-// launched before.
 template <BackwardConfig C>
-__device__ __forceinline__ void find_work(const BackwardParams& params, BackwardWork& work) {
+__device__ __forceinline__ float* sum_of(const BackwardParams& params, const BackwardWork& work, int head, int m) {
+  return params.dq_sum + static_cast<long long>(work.first_sum + head * params.q_tiles + m * C.tiles()) * (kBlockM * C.head_dim);
+}
+
+// Finds what to do for a claim, by one warp. Long blocks come first under a causal mask; where the order of additions to dq matters, blocks
+// come falling, so that whoever is waited for has begun before. Each value is written by one lane. True: there are steps.
+template <BackwardConfig C>
+__device__ __forceinline__ bool find_work(const BackwardParams& params, BackwardWork& work, int claim) {
   static_assert(C.key_tiles() <= BackwardWork::kMost);
-  const bool packed = params.cu_seqlens_k != nullptr;
-  const auto index = static_cast<int>(blockIdx.x);
-  const int head = index / params.k_blocks, block = index % params.k_blocks;
-  Place place = {head / (params.num_heads / params.group), block, params.k_blocks};
-  if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), block);
-  if (place.batch >= 0) {
-    if (params.deterministic) place.block = place.blocks - 1 - place.block;
-    const Sequence whole = whole_sequence(params, place.batch);
-    work.part = trimmed_sequence(params, place.batch);
-    work.first_tile = first_tile(params, whole.q_row, place.batch);
-    work.first_key_tile = first_key_tile(params, whole.k_row, place.batch);
-    work.batch = place.batch;
-    work.head = packed ? head : head % (params.num_heads / params.group);
-    work.n_block = place.block;
-    work.n_begin = place.block * C.block_n();
-    const Band& band = work.part.band;
-    const auto steps_of = [&](int begin, int keys) {
-      return begin < band.seqlen_k ? q_blocks(band, begin, min_of(begin + keys, band.seqlen_k), C.block_m) : BlockRange{0, 0, 0, 0};
-    };
-    work.all = steps_of(work.n_begin, C.block_n());
-    for (int i = 0; i < C.key_tiles(); ++i) work.mine[i] = steps_of(work.n_begin + 64 * i, 64);
-    __syncwarp();
-    const int outside = params.accumulate ? 0 : min_of(C.block_n(), whole.seqlen_k - band.seqlen_k - work.n_begin),
-              lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-    for (int i = 0; i < outside; ++i) {
-      const int row = outside_row(work.n_begin + i, work.part.k_begin, band.seqlen_k);
-      uint16_t* dk = row_of(params.dk, packed, work.batch, whole.k_row + row, work.head);
-      uint16_t* dv = row_of(params.dv, packed, work.batch, whole.k_row + row, work.head);
-      if (lane * 8 < params.head_dim) *reinterpret_cast<uint4*>(dk + lane * 8) = make_uint4(0, 0, 0, 0);
-      if (lane * 8 < params.head_dim_v) *reinterpret_cast<uint4*>(dv + lane * 8) = make_uint4(0, 0, 0, 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  BlockRange range{0, 0, 0, 0};  // lane 0: of all keys, 1 + i: of 64
+  int n_begin = 0, seqlen_k = 0;
+  if (claim < params.works) {
+    const bool packed = params.cu_seqlens_k != nullptr;
+    const int heads = params.num_heads / params.group, unit = claim / params.k_blocks, block = claim % params.k_blocks;
+    Place place = {unit / heads, block, params.k_blocks};
+    if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), block);
+    if (lane == 0) work.unit = unit;
+    if (place.batch >= 0) {
+      if (params.deterministic) place.block = place.blocks - 1 - place.block;
+      n_begin = place.block * C.block_n();
+      const Trimmed part = trimmed_sequence(params, place.batch);
+      seqlen_k = part.band.seqlen_k;
+      const int begin = n_begin + (lane == 0 ? 0 : 64 * (lane - 1)), keys = lane == 0 ? C.block_n() : 64;
+      if (lane <= C.key_tiles() && begin < seqlen_k) range = q_blocks(part.band, begin, min_of(begin + keys, seqlen_k), C.block_m);
+      if (lane == 0) {
+        const Sequence whole = whole_sequence(params, place.batch);
+        work.part = part;
+        work.first_tile = first_tile(params, whole.q_row, place.batch);
+        work.first_key_tile = first_key_tile(params, whole.k_row, place.batch);
+        work.first_sum = unit % params.ring * params.group * params.q_tiles + (packed ? static_cast<int>(work.first_tile) : 0);
+        work.batch = place.batch;
+        work.head = packed ? unit : unit % heads;
+        work.n_block = place.block;
+      }
     }
-  } else {
-    work.all = {0, 0, 0, 0};
-    for (BlockRange& range : work.mine) range = {0, 0, 0, 0};
-    work.part.band.seqlen_k = work.n_begin = 0;
   }
+  if (lane == 0) {
+    work.claim = claim;
+    work.n_begin = n_begin;
+    if (seqlen_k == 0) work.part.band.seqlen_k = 0;
+    work.all = range;
+  } else if (lane <= C.key_tiles()) {
+    work.mine[lane - 1] = range;
+  }
+  return __shfl_sync(0xffffffff, range.begin < range.end, 0);
+}
+
+// Finds the share of dq that belongs to work number `index`, by one thread.
+__device__ __forceinline__ void find_share(const BackwardParams& params, ShareWork& share, int index) {
+  share.tiles = 0;
+  if (index < 0 || index >= params.works) return;
+  const bool packed = params.cu_seqlens_q != nullptr;
+  const int unit = index / params.k_blocks, all = params.group * params.q_tiles, most = ceil_div(all, params.k_blocks);
+  share.begin = index % params.k_blocks * most;
+  share.tiles = min_of(most, all - share.begin);
+  share.first_sum = unit % params.ring * all;
+  share.again = unit + params.ring < params.units;
+  const int heads = params.num_heads / params.group;
+  share.head = (packed ? unit : unit % heads) * params.group;
+  if (packed) return;
+  share.batch = unit / heads;
+  share.first_tile = first_tile(params, 0, share.batch);
+  share.sequence = trimmed_sequence(params, share.batch).sequence;
 }
 
 }  // namespace tilewise

@@ -1,6 +1,5 @@
-// Around the backward kernel. Before it: delta and lse of every row, dq's sums set to 0. After it: dq from its sums, dsink, and rows
-// of dq, dk and dv that are not finite and should be.
-// A CTA has one tile of 64 rows of one head.
+// Around the backward kernel. Before it: delta and lse of every row, zeros in dq's sums, in the counters and in rows of gradients that take
+// no part. After it: dsink, and rows of dq, dk and dv that are not finite and should be.
 #pragma once
 
 #include "cuda/kernels/gradient_rows.cuh"
@@ -12,14 +11,12 @@
 
 namespace tilewise {
 
-// A CTA's tile of rows: blockIdx.x counts tiles, then heads, then sequences, and all of that backwards: what the next kernel begins with is
-// then still in L2. batch is -1 where there is none.
+// Tile number `index` of 64 rows: tiles, then heads, then sequences. By whole warps. batch is -1 where there is none.
 struct RowTile {
   int batch, head, tile;
 };
-__device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
-  const int index = static_cast<int>(p.num_heads * p.tiles) - 1 - static_cast<int>(blockIdx.x);
-  if (index < 0) return {-1, 0, 0};
+__device__ __forceinline__ RowTile find_tile(const BackwardParams& p, int index) {
+  if (index < 0 || index >= p.num_heads * p.tiles) return {-1, 0, 0};
   const int head = index / p.q_tiles, tile = index % p.q_tiles;
   if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
   const int tiles = p.block_m / kBlockM;
@@ -28,13 +25,13 @@ __device__ __forceinline__ RowTile find_tile(const BackwardParams& p) {
 }
 
 // And its tile of keys.
-__device__ __forceinline__ RowTile find_key_tile(const BackwardParams& p) {
-  if (p.k_tiles == 0) return {-1, 0, 0};
-  const auto index = static_cast<int>(blockIdx.x);
-  const int heads = p.num_heads / p.group, head = index / p.k_tiles, tile = index % p.k_tiles;
-  if (!p.cu_seqlens_k) return {head < p.batch * heads ? head / heads : -1, head % heads, tile};
+__device__ __forceinline__ RowTile find_key_tile(const BackwardParams& p, int index) {
+  const int heads = p.num_heads / p.group;
+  if (index >= heads * p.key_tiles) return {-1, 0, 0};
+  const int head = index / p.k_tiles, tile = index % p.k_tiles;
+  if (!p.cu_seqlens_k) return {head / heads, head % heads, tile};
   const Place place = find_place(p.cu_seqlens_k, p.batch, kBlockM, tile);
-  return {head < heads ? place.batch : -1, head, place.block};
+  return {place.batch, head, place.block};
 }
 
 // Three bfloat16 whose sum is x to 24 bits, and zeros.
@@ -51,11 +48,12 @@ __device__ __forceinline__ uint4 split(float x) {
 // What the backward kernel needs of a row of a tile.
 __device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta) {
   if (p.addends) {
-    unsigned char* addends = p.addends + tile * kAddendBytes;
+    const int tiles = p.block_m / kBlockM, inside = static_cast<int>(tile % tiles);  // of a step
+    unsigned char* addends = p.addends + (tile - inside) * kAddendBytes + inside * kBlockM * 32;
     for (const float x : {lse / p.scale_log2, delta}) {
       *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 0)) = split(x);
       *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 1)) = make_uint4(0, 0, 0, 0);
-      addends += kAddendBytes / 2;
+      addends += tiles * (kAddendBytes / 2);
     }
     return;
   }
@@ -64,29 +62,66 @@ __device__ __forceinline__ void write_row(const BackwardParams& p, long long til
   rows[kBlockM] = delta;
 }
 
+// Zeros in rows of dk and dv that take no part, of a tile, and in its spoilt rows.
+__device__ __forceinline__ void clear_keys(const BackwardParams& p, int index) {
+  const RowTile at = find_key_tile(p, index);
+  if (at.batch < 0) return;
+  const Sequence whole = whole_sequence(p, at.batch);
+  if (threadIdx.x == 0) p.spoilt_keys[at.head * p.key_tiles + first_key_tile(p, whole.k_row, at.batch) + at.tile] = {};
+  if (p.accumulate) return;
+  const Trimmed part = trimmed_sequence(p, at.batch);
+  const int first = at.tile * kBlockM, end = min_of(first + kBlockM, whole.seqlen_k), units = max_of(p.head_dim, p.head_dim_v) / 8;
+  if (first >= part.k_begin && end <= part.k_begin + part.sequence.seqlen_k) return;
+  const bool packed = p.cu_seqlens_k != nullptr;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < (end - first) * units; i += kPreprocessThreads) {
+    const int row = first + i / units, column = i % units * 8;
+    if (row >= part.k_begin && row < part.k_begin + part.sequence.seqlen_k) continue;
+    const auto clear = [&](const Elements& to, int columns) {
+      if (column < columns)
+        *reinterpret_cast<uint4*>(row_of(to, packed, at.batch, whole.k_row + row, at.head) + column) = make_uint4(0, 0, 0, 0);
+    };
+    clear(p.dk, p.head_dim);
+    clear(p.dv, p.head_dim_v);
+  }
+}
+
+// A CTA has one tile of rows, the last one first: what the next kernel begins with is then still in L2.
 template <ptx::Element kElement>
 __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
   ptx::launch_dependents();
-  const RowTile at = find_tile(p);
+  const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 8;
+  if (index == 0 && thread == 0) *p.counters = {0, 0};
+  for (int i = index * kPreprocessThreads + thread; i < p.units; i += static_cast<int>(gridDim.x) * kPreprocessThreads)
+    p.progress[i] = {0, 0};
+  if (index < p.ring * p.group * p.q_tiles) {
+    float4* sum = reinterpret_cast<float4*>(p.dq_sum + static_cast<long long>(index) * (kBlockM * head_dim));
+    for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
+  }
+  clear_keys(p, index);
+  const RowTile at = find_tile(p, index);
   if (at.batch < 0) return;
   const Sequence whole = whole_sequence(p, at.batch);
   const Trimmed part = trimmed_sequence(p, at.batch);
   const long long tiles = at.head * p.tiles + first_tile(p, whole.q_row, at.batch);
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 8;
-
-  float4* sum = reinterpret_cast<float4*>(p.dq_sum + (tiles + at.tile) * kBlockM * head_dim);
-  for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
   if (thread < kBlockM && at.tile * kBlockM + thread >= part.sequence.seqlen_q) {  // rows past the end: p = 0
     write_row(p, tiles + at.tile, thread, -INFINITY, 0);
   }
   if (thread == 0) p.turn[tiles + at.tile] = 0;
+  const int parts = head_dim / 32;
+  if (thread < parts) p.spoilt[(tiles + at.tile) * parts + thread] = {};
 
   float dsink = 0;
 #pragma unroll
   for (int pass = 0; pass < kBlockM * 8 / kPreprocessThreads; ++pass) {
     const int row = at.tile * kBlockM + pass * (kPreprocessThreads / 8) + thread / 8;
     const bool inside = row < whole.seqlen_q;
+    const int r = row - part.q_begin;  // of those that take part
+    const bool takes_part = inside && r >= 0 && r < part.sequence.seqlen_q;
+    if (inside && !takes_part && !p.accumulate)
+      for (int column = lane * 8; column < p.head_dim; column += 64)
+        *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + column) = make_uint4(0, 0, 0, 0);
     float delta = 0;
     if (inside) {
       const uint16_t* o = row_of(p.o, packed, at.batch, whole.q_row + row, at.head);
@@ -108,8 +143,7 @@ __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const 
     const float lse = p.lse[(packed ? 0 : at.batch * p.lse_batch) + at.head * p.lse_head + whole.q_row + row];
     if (p.dlse) delta -= p.dlse[(packed ? 0 : at.batch * p.dlse_batch) + at.head * p.dlse_head + whole.q_row + row];
     if (p.dsink && p.sink[at.head] != -INFINITY) dsink -= ptx::exp2((p.sink[at.head] - lse) * kLog2e) * delta;
-    const int r = row - part.q_begin;
-    if (r < 0 || r >= part.sequence.seqlen_q) continue;
+    if (!takes_part) continue;
     const bool sees = lse != -INFINITY;  // a row whose scores are all -inf gives and takes nothing
     write_row(p, tiles + r / kBlockM, r % kBlockM, sees ? -lse * kLog2e : -INFINITY, sees ? -delta : 0);
   }
@@ -142,130 +176,53 @@ __device__ __forceinline__ void write_dsink(const BackwardParams& p, int head) {
   if (thread == 0) p.dsink[head] = static_cast<float>(warps[0] + warps[1] + warps[2] + warps[3]);
 }
 
-// What a CTA of the postprocess kernel works on: the sums of its tile of dq, and the rows of its tile of dk and dv that are not finite.
-struct RowSums {
-  RowTile at;
-  Trimmed part;
-  const float4* sum;
-  // False: there is no such tile.
-  __device__ __forceinline__ bool find(const BackwardParams& p, int head_dim) {
-    at = find_tile(p);
-    if (at.batch < 0) return false;
-    const Sequence whole = whole_sequence(p, at.batch);
-    part = trimmed_sequence(p, at.batch);
-    const long long tile = at.head * p.tiles + first_tile(p, whole.q_row, at.batch) + at.tile;
-    sum = reinterpret_cast<const float4*>(p.dq_sum + tile * kBlockM * head_dim);
-    return true;
-  }
-  // 32 columns, as a thread of the tensor cores holds them.
-  __device__ __forceinline__ void read(int columns, float (&x)[16]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 four = sum[(columns / 8 + i) * 128 + static_cast<int>(threadIdx.x)];
-      x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
-    }
-  }
-};
-struct KeyRows {
-  RowTile at;
-  Trimmed part;
-  const SpoiltKeys* spoilt;
-  __device__ __forceinline__ bool find(const BackwardParams& p) {
-    at = find_key_tile(p);
-    if (at.batch < 0) return false;
-    const Sequence whole = whole_sequence(p, at.batch);
-    part = trimmed_sequence(p, at.batch);
-    spoilt = p.spoilt + at.head * p.key_tiles + first_key_tile(p, whole.k_row, at.batch) + at.tile;
-    return true;
-  }
-};
+__device__ __forceinline__ bool is_spoilt(const SpoiltRows& rows, int warp, int row) { return rows.of[warp][row / 8] >> row % 8 * 4 & 1; }
 
-// Rows that are not finite, by 128 threads of which a warp has 16. Out of line: such rows are rare, and nothing is kept for them.
+// Rows that are not finite, in a tile of dq and in one of dk and dv, by 128 threads of which a warp has 16.
 template <ptx::Element kElement>
-__device__ __noinline__ void repair_queries(const BackwardParams& p, int head_dim) {
-  RowSums rows;
-  rows.find(p, head_dim);
-  const PlainGradients<kElement> plain{p, rows.part, rows.at.batch};
-  const int first = rows.at.tile * kBlockM + static_cast<int>(threadIdx.x) / 32 * 16;
+__device__ __forceinline__ void repair_queries(const BackwardParams& p, int index, int head_dim) {
+  const RowTile at = find_tile(p, index);
+  if (at.batch < 0) return;
+  const Trimmed part = trimmed_sequence(p, at.batch);
+  const PlainGradients<kElement> plain{p, part, at.batch};
+  const int warp = static_cast<int>(threadIdx.x) / 32, first = at.tile * kBlockM + 16 * warp, parts = head_dim / 32;
+  if (at.tile * kBlockM >= part.sequence.seqlen_q) return;
+  const long long tile = at.head * p.tiles + first_tile(p, whole_sequence(p, at.batch).q_row, at.batch) + at.tile;
 #pragma unroll 1
-  for (int columns = 0; columns < head_dim; columns += 32) {
-    float x[16];
-    rows.read(columns, x);
-    const unsigned early = tile::infinite_rows(x, 0), late = tile::infinite_rows(x, 1);
+  for (int i = 0; i < parts; ++i)
 #pragma unroll 1
-    for (int i = 0; i < min_of(16, rows.part.sequence.seqlen_q - first); ++i)
-      if ((i < 8 ? early : late) >> i % 8 * 4 & 1) plain.repair_dq(rows.at.head, first + i, columns);
-  }
+    for (int row = 0; row < min_of(16, part.sequence.seqlen_q - first); ++row)
+      if (is_spoilt(p.spoilt[tile * parts + i], warp, row)) plain.repair_dq(at.head, first + row, 32 * i);
 }
 template <ptx::Element kElement>
-__device__ __noinline__ void repair_keys(const BackwardParams& p) {
-  KeyRows keys;
-  keys.find(p);
-  const PlainGradients<kElement> plain{p, keys.part, keys.at.batch};
-  const int warp = static_cast<int>(threadIdx.x) / 32, first = keys.at.tile * kBlockM + 16 * warp;
+__device__ __forceinline__ void repair_keys(const BackwardParams& p, int index) {
+  const RowTile at = find_key_tile(p, index);
+  if (at.batch < 0) return;
+  const Trimmed part = trimmed_sequence(p, at.batch);
+  const PlainGradients<kElement> plain{p, part, at.batch};
+  const int warp = static_cast<int>(threadIdx.x) / 32, first = at.tile * kBlockM + 16 * warp;
+  const long long tile = at.head * p.key_tiles + first_key_tile(p, whole_sequence(p, at.batch).k_row, at.batch) + at.tile;
 #pragma unroll 1
-  for (int i = 0; i < min_of(16, keys.part.sequence.seqlen_k - first); ++i)
+  for (int which = 0; which < 2; ++which)
 #pragma unroll 1
-    for (int which = 0; which < 2; ++which)
-      if (keys.spoilt->rows[which][warp][i / 8] >> i % 8 * 4 & 1) plain.repair_key(which, keys.at.head, first + i);
+    for (int row = 0; row < min_of(16, part.sequence.seqlen_k - first); ++row)
+      if (is_spoilt(p.spoilt_keys[tile].rows[which], warp, row)) plain.repair_key(which, at.head, first + row);
 }
 
-// dq of a tile: its sums, rounded once.
+// The last num_heads CTAs write dsink. The others look after rows that are not finite, if there are any: a tile of dq, and one of dk and
+// dv.
 template <ptx::Element kElement>
-__device__ __forceinline__ void write_dq(const BackwardParams& p, int head_dim) {
-  RowSums rows;
-  if (!rows.find(p, head_dim)) return;
-  const RowTile& at = rows.at;
-  const Sequence& sequence = rows.part.sequence;
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int thread = static_cast<int>(threadIdx.x);
-  const Sequence whole = whole_sequence(p, at.batch);
-  const int outside = p.accumulate ? 0 : whole.seqlen_q - sequence.seqlen_q, units = p.head_dim / 8;
-  for (int i = thread; i < min_of(kBlockM, outside - at.tile * kBlockM) * units; i += 128) {
-    const int row = outside_row(at.tile * kBlockM + i / units, rows.part.q_begin, sequence.seqlen_q);
-    *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + i % units * 8) = make_uint4(0, 0, 0, 0);
-  }
-  if (at.tile * kBlockM >= sequence.seqlen_q) return;
-  const int first = at.tile * kBlockM + tile::this_lane().row;
-  float zero = 0;  // times every sum
-#pragma unroll 2
-  for (int columns = 0; columns < head_dim; columns += 32) {
-    float x[16];
-    rows.read(columns, x);
-#pragma unroll
-    for (const float y : x) zero += 0 * y;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      bool inside = first + 8 * r < sequence.seqlen_q;
-      if (p.accumulate && (tile::infinite_rows(x, r) >> thread % 32 & 1)) inside = false;  // what is added cannot be taken back
-      write_gradient<kElement>(p, x, r, p.scale, inside, p.dq, at.batch, sequence.q_row + first + 8 * r, at.head, columns, p.head_dim);
-    }
-  }
-  if (!__any_sync(0xffffffff, !(zero == 0))) return;
-  __syncwarp();  // what has been stored is stored again
-  repair_queries<kElement>(p, head_dim);
-}
-
-// Looks after a tile of dk and dv.
-template <ptx::Element kElement>
-__device__ __forceinline__ void check_keys(const BackwardParams& p) {
-  KeyRows keys;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (!keys.find(p) || keys.at.tile * kBlockM + 16 * warp >= keys.part.sequence.seqlen_k) return;
-  unsigned any = 0;  // with what nobody wrote for keys past the end
-#pragma unroll
-  for (int which = 0; which < 2; ++which) any |= keys.spoilt->rows[which][warp][0] | keys.spoilt->rows[which][warp][1];
-  if (any != 0) repair_keys<kElement>(p);
-}
-
-// The last num_heads CTAs write dsink, the others a tile of dq, and look after one of dk and dv.
-template <ptx::Element kElement>
-__global__ void __launch_bounds__(kPostprocessThreads, 8)
-    backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim, int tile_ctas) {
+__global__ void __launch_bounds__(kPostprocessThreads) backward_postprocess(const __grid_constant__ BackwardParams p, int head_dim) {
   ptx::wait_for_previous();
-  if (static_cast<int>(blockIdx.x) >= tile_ctas) return write_dsink(p, static_cast<int>(blockIdx.x) - tile_ctas);
-  write_dq<kElement>(p, head_dim);
-  check_keys<kElement>(p);
+  const int ctas = static_cast<int>(gridDim.x) - (p.dsink ? p.num_heads : 0), index = static_cast<int>(blockIdx.x);
+  if (index >= ctas) return write_dsink(p, index - ctas);
+  if (p.counters->spoilt == 0) return;
+  const long long tiles = max_of(p.num_heads * p.tiles, p.num_heads / p.group * p.key_tiles);
+#pragma unroll 1
+  for (int i = index; i < tiles; i += ctas) {
+    repair_queries<kElement>(p, i, head_dim);
+    repair_keys<kElement>(p, i);
+  }
 }
 
 }  // namespace tilewise

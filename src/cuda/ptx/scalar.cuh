@@ -89,6 +89,13 @@ __device__ __forceinline__ void pause() {
   }
 }
 
+// The thread's number, read anew: what follows from it is computed where it is needed, and not kept in registers around a loop.
+__device__ __forceinline__ int thread_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 

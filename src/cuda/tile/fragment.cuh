@@ -9,10 +9,11 @@ struct Lane {
   int row;     // of the warpgroup's 64: this thread holds `row` and `row + 8`
   int column;  // first column of each 8
 };
-__device__ __forceinline__ Lane this_lane() {
-  const int t = static_cast<int>(threadIdx.x) % 128;
+__device__ __forceinline__ Lane lane_of(int thread) {
+  const int t = thread % 128;
   return {t / 32 * 16 + t % 32 / 4, t % 4 * 2};
 }
+__device__ __forceinline__ Lane this_lane() { return lane_of(static_cast<int>(threadIdx.x)); }
 // Row (0 or 1) and column of register i, relative to this_lane().
 __device__ __forceinline__ constexpr int row_of(int i) { return i >> 1 & 1; }
 __device__ __forceinline__ constexpr int column_of(int i) { return (i >> 2) * 8 + (i & 1); }

@@ -23,8 +23,9 @@ __device__ __forceinline__ void transpose4(uint32_t (&x)[4], int t) {
 
 // Writes row r (0 or 1) of this thread's fragment, times `factor`, as kElement. `row` points to the row's first column; null: not written.
 template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
+__device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns,
+                                          int thread = static_cast<int>(threadIdx.x)) {
+  const int t = thread % 4;
 #pragma unroll
   for (int group = 0; group < kCount / 16; ++group) {
     uint32_t run[4];
@@ -52,10 +53,10 @@ __device__ __forceinline__ unsigned infinite_rows(const float (&x)[kCount], int 
 
 // Adds row r of this thread's fragment, times `factor`, to float32. `row` points to the row's first column; null: nothing.
 template <int kCount>
-__device__ __forceinline__ void add_row(const float (&x)[kCount], int r, float factor, float* row, int columns) {
+__device__ __forceinline__ void add_row(const float (&x)[kCount], int r, float factor, float* row, int columns, int thread) {
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    const int i = 4 * j + 2 * r, column = 8 * j + 2 * (static_cast<int>(threadIdx.x) % 4);
+    const int i = 4 * j + 2 * r, column = 8 * j + 2 * (thread % 4);
     if (!row || column >= columns) continue;
     float2& at = *reinterpret_cast<float2*>(row + column);
     at = make_float2(at.x + factor * x[i], at.y + factor * x[i + 1]);
