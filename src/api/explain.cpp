@@ -137,7 +137,7 @@ class Counter {
       // is cleared before and read once more to be rounded to dq.
       const double delta = 4 * rows_, dq_sum = 4 * rows_ * d;
       e_.tile_bytes = 2 * o + delta + with_gradient * group_keys_ + rows_read_ * (e * (d + dv) + 8 + 8 * d) + 2 * dq_sum + dq;
-      e_.flash_bytes = shared_cache_ ? e_.least_bytes + 2 * delta + 2 * dq_sum : e_.tile_bytes;
+      e_.flash_bytes = shared_cache_ ? e_.least_bytes + 2 * static_cast<double>(e_.workspace_bytes) : e_.tile_bytes;
       // P of the forward pass is read for dV and for dS, dP written and read, dS written and read for dQ and for dK.
       e_.standard_bytes = 2 * o + q + dq + with_gradient * head_keys_ + 7 * e * scores_;
     }
@@ -148,7 +148,7 @@ class Counter {
  private:
   const Problem& p_;
   // Of a GPU: blocks that work at the same time share the keys and values of one or a few heads, and L2 holds those. What is read
-  // again comes from there, so that every tensor, and in backward every sum in the workspace, crosses to memory once each way.
+  // again comes from there, so that every tensor, and in backward the workspace, crosses to memory once each way.
   const bool shared_cache_;
   Explanation& e_;
   int64_t seqlen_q_ = -1, seqlen_k_ = -1;  // of counts_
