@@ -2,17 +2,31 @@
 # From nothing to what FlashAttention buys on this machine: installs what is missing, builds, computes real attention and
 # checks it, then measures standard against flash attention and writes a page about it. Options go to bench/demo.py. Where there is a GPU
 # and nvcc, the same comparison runs there too.
-for option in "$@"; do
-  case $option in
+usage='usage: ./demo.sh [--threads N] [--budget SECONDS] [--save]'
+value_of= # the option that the next word is the value of
+for word in "$@"; do
+  case ${value_of:-$word} in
     -h | --help)
-      printf '%s\n' 'usage: ./demo.sh [--threads N] [--budget SECONDS] [--save]' \
+      printf '%s\n' "$usage" \
         '  --threads N       of the CPU; all where not given' \
         '  --budget SECONDS  long rows that would exceed it are left out (150)' \
         '  --save            keep the figures in bench/results/<machine>.json'
       exit
       ;;
+    --threads | --budget)
+      [ -n "$value_of" ] && value_of= || value_of=$word
+      ;;
+    --threads=* | --budget=* | --save) ;;
+    *)
+      printf 'demo.sh: %s is no option of the demo\n%s\n' "$word" "$usage" >&2
+      exit 2
+      ;;
   esac
 done
+if [ -n "$value_of" ]; then
+  printf 'demo.sh: %s wants a value\n%s\n' "$value_of" "$usage" >&2
+  exit 2
+fi
 # shellcheck source-path=SCRIPTDIR source=scripts/setup.sh
 . "$(dirname "$0")/scripts/setup.sh"
 

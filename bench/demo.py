@@ -9,6 +9,7 @@ import argparse
 import datetime
 import html
 import json
+import math
 import pathlib
 import string
 import subprocess
@@ -175,6 +176,9 @@ def main():
     path = write_page(options.folder, rows, document, explanation, machine)
     if options.save:
         print("saved in", results.save("demo", {"device": device, "problem": f"h{HEADS} d{HEAD_DIM} fp32", "rows": rows}))
+    slower = [row["seqlen"] for row in rows if row["standard"].get("seconds", math.inf) < row["flash"]["seconds"]]
+    if slower:
+        print(f"\nUp to {max(slower):,} tokens there is too little to do: threads take longer to begin, and longer still while others use the machine.")
     print(f"\nThe same as a page with plots, the roofline and the tile plan:\n  {path.resolve()}")
 
 
