@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cassert>
 #include <cmath>
 #include <limits>
 
@@ -47,14 +48,16 @@ struct Counts {
     all_key_tiles = p.num_heads_kv * key_tiles;
     units = k_blocks > 0 ? p.num_heads_kv * sequences : 0;
     works = units * k_blocks;
-    // The works of a share's unit have smaller claims than the share, and if there are more of them than SMs, have probably been finished
-    // when its turn comes. A unit's first additions wait for shares with smaller claims, too: nobody waits for who comes later.
-    const bool rounds = works > device.units;
-    // Where works are of different length, or wait for one another, it is longer until the last one is finished.
-    const bool uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
-    const int64_t margin = rounds ? (1 + uneven + p.deterministic) * device.units + (p.packed ? k_blocks : 0) : 0;
+    // A share comes when the works of its unit have probably been finished: a claim for each SM later, if there are more works than SMs.
+    // Where works are of different length, or wait for one another, it takes longer until the last one is.
+    const int64_t sms = device.units;
+    const bool rounds = works > sms, uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
+    const int64_t margin = rounds ? (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0) : 0;
     lag = k_blocks + margin;
-    ring = rounds ? std::min(units, 2 + ceil_div<int64_t>(2 * margin + device.units, k_blocks)) : units;
+    ring = rounds ? std::min(units, 2 + ceil_div<int64_t>(2 * margin + sms, k_blocks)) : units;
+    // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that
+    // had the sums before have smaller claims than a work that adds to them.
+    assert(lag >= k_blocks && (ring == units || (ring - 1) * k_blocks >= lag));
   }
 };
 

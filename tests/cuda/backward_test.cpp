@@ -62,40 +62,50 @@ TEST_F(Backward, ExtremeLse) {
     EXPECT_TRUE(verify(parse(line), 5, Layout::kBshd));
 }
 
-// Values that are not finite reach the gradients that use them and no others, although the tensor cores multiply whole tiles: a key's
-// spoils dq of the queries that see it, a query's dk and dv of the keys that it sees.
-TEST_F(Backward, ValuesThatAreNotFiniteReachTheGradientsThatUseThem) {
+// One row of k (row of_key) or of do is `bad`, in the first sequence: gradients that use it, and no others, are not finite.
+struct Spoilt : Backward {
+  void verify_spoilt(const std::string& line, const char* order, bool of_key, int row, float bad) {
+    Trial forward = Cuda::trial(line), backward = trial("bwd " + line + order);
+    for (const Arguments* a : {&forward.host_arguments(), &backward.host_arguments()}) {
+      if (of_key) set_row(a->k, 0, row, 0, bad);
+      if (!of_key && a->do_.data) set_row(a->do_, 0, row, 1, bad);
+    }
+    forward.upload().check();
+    output(forward);
+    for (auto member : {&Arguments::o, &Arguments::lse}) {
+      const TensorView& view = forward.host_arguments().*member;
+      std::memcpy((backward.host_arguments().*member).data, view.data, bytes_of(view));
+    }
+    backward.upload().check();
+    backward.run().check();
+    const Result<reference::Report> report = backward.compare();
+    ASSERT_TRUE(report.ok()) << report.status().message();
+    EXPECT_TRUE(report->pass) << line << order << " " << bad << (of_key ? " key " : " query ") << row << ": " << report->first_failure;
+  }
+};
+
+// Although the tensor cores multiply whole tiles: a key's value reaches dq of the queries that see it, a query's dk and dv of the keys that
+// it sees.
+TEST_F(Spoilt, ValuesThatAreNotFiniteReachTheGradientsThatUseThem) {
   for (const std::string line :
        {"b1 q400 h2/1 d128 bf16 causal", "b1 q400 h2 d64 fp16 causal", "b1 q400 k464 h2 d64 bf16 causal",
         "b1 q300 h2 d256 bf16 window=50,0", "b1 q200 k330 h2 d192/128 bf16 causal", "b1 q400 h2 d96 bf16 causal softcap=30"})
     for (const char* order : {"", " accumulate"})
       for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
-        for (const auto& [of_key, row] : {std::pair{true, 170}, {true, 236}, {false, 170}}) {  // in both halves of a block of keys
-          Trial forward = Cuda::trial(line), backward = trial("bwd " + line + order);
-          for (const Arguments* a : {&forward.host_arguments(), &backward.host_arguments()}) {
-            if (of_key) set_row(a->k, 0, row, 0, bad);
-            if (!of_key && a->do_.data) set_row(a->do_, 0, row, 1, bad);
-          }
-          forward.upload().check();
-          output(forward);
-          for (auto member : {&Arguments::o, &Arguments::lse}) {
-            const TensorView& view = forward.host_arguments().*member;
-            std::memcpy((backward.host_arguments().*member).data, view.data, bytes_of(view));
-          }
-          backward.upload().check();
-          backward.run().check();
-          const Result<reference::Report> report = backward.compare();
-          ASSERT_TRUE(report.ok()) << report.status().message();
-          EXPECT_TRUE(report->pass) << line << order << " " << bad << (of_key ? " key " : " query ") << row << ": "
-                                    << report->first_failure;
-        }
+        for (const auto& [of_key, row] : {std::pair{true, 170}, {true, 236}, {false, 170}})  // in both halves of a block of keys
+          verify_spoilt(line, order, of_key, row, bad);
+}
+// And not of other heads, whose sums of dq come to lie where those were.
+TEST_F(Spoilt, ValuesThatAreNotFiniteStayInTheirHeads) {
+  for (const bool of_key : {true, false}) verify_spoilt("b34 q40 h20 d128 bf16", "", of_key, 7, std::numeric_limits<float>::quiet_NaN());
 }
 
 // So many heads that the sums of dq, which lie in a ring, are used again, with few and with many blocks of keys to a head.
 TEST_F(Backward, SumsAreUsedAgain) {
-  for (const char* line : {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16", "bwd b24 q70 h15 d256 fp16",
-                           "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16"})
-    for (const char* order : {"", " deterministic"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 8, Layout::kBshd));
+  for (const char* line :
+       {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16 seqused", "bwd b24 q70 h15 d256 fp16",
+        "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16", "bwd b20 q20 k700 h8 d128 bf16"})
+    for (const char* order : {"", " deterministic", " accumulate"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 8, Layout::kBshd));
 }
 
 // Many tiles and blocks, so that rings wrap and every order of CTAs comes about.

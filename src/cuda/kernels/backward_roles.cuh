@@ -52,14 +52,8 @@ struct KeyRole : KeyGradients<C> {
   static __device__ __forceinline__ void run(Role& role, tile::Barrier& keys_full) {
 #pragma unroll 1
     for (; role.enter(); role.leave()) {
-      const BackwardWork& work = role.work();
-      if (work.claim < role.params.works) run_work(role, keys_full);
-      Share<C> share{role.params, work.share, ptx::thread_anew() % 128, role.part};
-      role.shared.share_ready.wait(role.place.stage());
-      share.load();
-      share.finish();
-      __syncwarp();
-      role.shared.share_written.arrive_if(role.leader);
+      if (role.work().claim < role.params.works) run_work(role, keys_full);
+      role.write_share([] {});  // registers are few until the gradient is written
     }
   }
   template <class Role>
@@ -72,6 +66,7 @@ struct KeyRole : KeyGradients<C> {
     const int full_begin = ptx::uniform(work.all.full_begin), full_end = ptx::uniform(whole ? work.all.full_end : 0);
     if (begin < end) {
       keys_full.wait(work.parity);
+      role.shared.keys_empty.arrive_if(role.leader);
       for (int head = 0; head < role.params.group; ++head)
         role.run_head(work.head * role.params.group + head, begin, end, full_begin, full_end);
     }

@@ -55,7 +55,7 @@ struct BackwardShared {
       work_empty[i].init(128 * (C.mains + 1) + (C.roles ? 2 : 1) + (deterministic ? 1 : 0));  // warpgroups, loading threads, turns
     }
     loads_issued.init(1);
-    keys_empty.init(4);
+    keys_empty.init(4 + 4 * C.mains);  // dq has used k for the last time, all main warps have seen k and v come
     sums_free.init(1);
     sums_added.init(4);
     share_ready.init(1);
@@ -103,8 +103,8 @@ struct Claims {
 // One warp: claims, finds what claims mean, and keeps in step with other CTAs.
 // The next claim comes when all loads of the one before have been issued: late, so that who is fast gets more, and early enough to load the
 // next block of keys as soon as it can be. Even the first is not the CTA's number: others may wait for what has been claimed, so it must be
-// somebody's who is running. What others have done, and what the dq warpgroup has, is asked and told here, because the way to global memory
-// and back takes thousands of clocks; nobody waits for a claim that is not smaller than his own.
+// somebody's who is running. What others have done is asked here, and what the main warpgroups have written is told here, because the way
+// to global memory and back takes thousands of clocks; nobody waits for a claim that is not smaller than his own.
 template <BackwardConfig C>
 struct Claimer {
   const BackwardParams& params;
@@ -143,8 +143,10 @@ struct Claimer {
       const bool free = is_free(claim), ready = is_summed(claim);
       // Not before all have passed the phase before, or two phases could pass unseen.
       if (count > 0) shared.sums_added.wait(phase);
+      __syncwarp();
       if (free) shared.sums_free.arrive_if(leader);
       if (count > 0) shared.share_written.wait(phase);
+      __syncwarp();
       if (ready) shared.share_ready.arrive_if(leader);
       if (count > 0 && leader && before >= params.lag)
         ptx::add_release(&params.progress[(before - params.lag) / params.k_blocks].written, 1);
@@ -152,10 +154,12 @@ struct Claimer {
       if (claim >= params.works + params.lag) break;
       if (!free) {
         while (!is_free(claim)) __nanosleep(20);
+        __syncwarp();
         shared.sums_free.arrive_if(leader);
       }
       if (!ready) {
         while (!is_summed(claim)) __nanosleep(20);
+        __syncwarp();
         shared.share_ready.arrive_if(leader);
       }
       shared.loads_issued.wait(count % 2);

@@ -314,9 +314,10 @@ struct KeyGradients : Claims<C> {
     const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
     const bool whole = work().n_begin + 64 * keys + 64 <= work().part.band.seqlen_k;  // else every step is at the edge
     const int full_begin = ptx::uniform(range.full_begin), full_end = ptx::uniform(whole ? range.full_end : 0);
-    if (begin < end) {
+    if (all_begin < all_end) {
       shared.k_full.wait(work().parity);
       shared.v_full.wait(work().parity);
+      shared.keys_empty.arrive_if(leader);  // has seen them come: two phases must not pass unseen
     }
     for (int head = 0; head < params.group; ++head) {
       if (begin == end) {
@@ -334,14 +335,21 @@ struct KeyGradients : Claims<C> {
     for (; this->enter(); this->leave()) {
       const bool any = ptx::uniform(work().claim) < params.works;
       if (any) run_work();
-      Share<C> share{params, work().share, ptx::thread_anew() % 128, part};
-      shared.share_ready.wait(this->place.stage());
-      share.load();  // it takes a while
-      if (any) write<1>(&dk, 0, params.dk, params.scale, params.head_dim);
-      share.finish();
-      __syncwarp();
-      shared.share_written.arrive_if(leader);
+      write_share([&] {
+        if (any) write<1>(&dk, 0, params.dk, params.scale, params.head_dim);
+      });
     }
+  }
+  // This warpgroup's part of the share of dq; `meanwhile`, which its loads take.
+  template <class Work>
+  __device__ __forceinline__ void write_share(const Work& meanwhile) {
+    Share<C> share{params, work().share, ptx::thread_anew() % 128, part};
+    shared.share_ready.wait(this->place.stage());
+    share.load();
+    meanwhile();
+    share.finish();
+    __syncwarp();
+    shared.share_written.arrive_if(leader);
   }
 };
 

@@ -73,10 +73,11 @@ struct BackwardParams {
   int q_tiles, k_tiles, k_blocks;
   // A work is a block of keys, a unit the query heads of one key/value head (of one sequence, where sequences are not packed): k_blocks
   // works and the sums of group * q_tiles tiles of dq. The CTAs claim numbers in rising order: claim w stands for work w, and for the
-  // w - lag'th share of dq, whose sums are then complete. Sums lie in a ring of units: dq of one is written before the next one there adds.
+  // w - lag'th share of dq, whose sums are mostly complete by then. Sums lie in a ring of units: dq of one is written before the next one
+  // there adds.
   int works, units, lag, ring;
-  // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes all
-  // of it first.
+  // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
+  // others read first.
   long long tiles, key_tiles;  // of one head in the workspace
   float* dq_sum;               // [ring][head of the group][tile][head_dim / 8][128 threads][4]: as the tensor cores hold accumulators
   float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
@@ -128,7 +129,7 @@ TW_HD long long first_key_tile(const BackwardParams& p, long long k_row, int bat
   return p.cu_seqlens_k ? k_row / kBlockM + batch : static_cast<long long>(batch) * p.k_tiles;
 }
 
-// What order the blocks of keys add to a step's dq in: falling, as they are launched.
+// What order the blocks of keys add to a step's dq in: falling, as they are claimed.
 TW_HD int turn_of(const Band& band, int m_block, int n_block, int block_m, int block_n) {
   return kv_blocks(band, m_block * block_m, min_of((m_block + 1) * block_m, band.seqlen_q), block_n).end - 1 - n_block;
 }

@@ -16,7 +16,7 @@ struct RowTile {
   int batch, head, tile;
 };
 __device__ __forceinline__ RowTile find_tile(const BackwardParams& p, int index) {
-  if (index < 0 || index >= p.num_heads * p.tiles) return {-1, 0, 0};
+  if (index >= p.num_heads * p.tiles) return {-1, 0, 0};
   const int head = index / p.q_tiles, tile = index % p.q_tiles;
   if (!p.cu_seqlens_q) return {head / p.num_heads, head % p.num_heads, tile};
   const int tiles = p.block_m / kBlockM;
@@ -91,9 +91,9 @@ template <ptx::Element kElement>
 __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
   ptx::launch_dependents();
   const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 8;
+  const long long threads = static_cast<long long>(gridDim.x) * kPreprocessThreads;
   if (index == 0 && thread == 0) *p.counters = {0, 0};
-  for (int i = index * kPreprocessThreads + thread; i < p.units; i += static_cast<int>(gridDim.x) * kPreprocessThreads)
-    p.progress[i] = {0, 0};
+  for (long long i = static_cast<long long>(index) * kPreprocessThreads + thread; i < p.units; i += threads) p.progress[i] = {0, 0};
   if (index < p.ring * p.group * p.q_tiles) {
     float4* sum = reinterpret_cast<float4*>(p.dq_sum + static_cast<long long>(index) * (kBlockM * head_dim));
     for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
@@ -217,11 +217,11 @@ __global__ void __launch_bounds__(kPostprocessThreads) backward_postprocess(cons
   const int ctas = static_cast<int>(gridDim.x) - (p.dsink ? p.num_heads : 0), index = static_cast<int>(blockIdx.x);
   if (index >= ctas) return write_dsink(p, index - ctas);
   if (p.counters->spoilt == 0) return;
-  const long long tiles = max_of(p.num_heads * p.tiles, p.num_heads / p.group * p.key_tiles);
+  const int tiles = max_of(static_cast<int>(p.num_heads * p.tiles), static_cast<int>(p.num_heads / p.group * p.key_tiles));
 #pragma unroll 1
-  for (int i = index; i < tiles; i += ctas) {
-    repair_queries<kElement>(p, i, head_dim);
-    repair_keys<kElement>(p, i);
+  for (long long i = index; i < tiles; i += ctas) {
+    repair_queries<kElement>(p, static_cast<int>(i), head_dim);
+    repair_keys<kElement>(p, static_cast<int>(i));
   }
 }
 
