@@ -36,7 +36,7 @@ std::string name_of(const BackwardConfig& c) {
 
 // What gradient_params.h counts. Packed: bounds, since a sequence has at most one step or block that is not full.
 struct Counts {
-  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, lag, ring;
+  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, shares, lag, claims, ring;
   Counts(const Problem& p, const BackwardConfig& c, const Device& device) {
     q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
     k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
@@ -49,15 +49,18 @@ struct Counts {
     units = k_blocks > 0 ? p.num_heads_kv * sequences : 0;
     works = units * k_blocks;
     // A share comes when the works of its unit have probably been finished: a claim for each SM later, if there are more works than SMs.
-    // Where works are of different length, or wait for one another, it takes longer until the last one is.
+    // Where works are of different length, or wait for one another, it takes longer until the last one is. Few works have small shares, for
+    // SMs without work to take.
     const int64_t sms = device.units;
     const bool rounds = works > sms, uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
-    const int64_t margin = rounds ? (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0) : 0;
-    lag = k_blocks + margin;
+    const int64_t margin = (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0);
+    shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
+    lag = rounds ? k_blocks + margin : works;
+    claims = lag + units * shares;
     ring = rounds ? std::min(units, 2 + ceil_div<int64_t>(2 * margin + sms, k_blocks)) : units;
     // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that
     // had the sums before have smaller claims than a work that adds to them.
-    assert(lag >= k_blocks && (ring == units || (ring - 1) * k_blocks >= lag));
+    assert(lag >= (rounds ? k_blocks : works) && (ring == units || (shares == k_blocks && (ring - 1) * k_blocks >= lag)));
   }
 };
 
@@ -87,7 +90,7 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
   const Counts counts(p, c, device);
-  const int64_t tiles = std::max({counts.all_tiles, counts.all_key_tiles, counts.works + counts.lag + 2 * device.units});
+  const int64_t tiles = std::max({counts.all_tiles, counts.all_key_tiles, counts.claims + 2 * device.units});
   if (tiles > std::numeric_limits<int>::max())
     return "batch, heads and sequences make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";
   return {};
@@ -191,7 +194,9 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.works = static_cast<int>(counts.works);
   r.units = static_cast<int>(counts.units);
+  r.shares = static_cast<int>(counts.shares);
   r.lag = static_cast<int>(counts.lag);
+  r.claims = static_cast<int>(counts.claims);
   r.ring = static_cast<int>(counts.ring);
   r.tiles = counts.tiles;
   r.key_tiles = counts.key_tiles;
@@ -212,7 +217,8 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   Chain chain(stream);
   const int64_t tiles = std::max(counts.all_tiles, counts.all_key_tiles);
   chain.launch(row.preprocess, std::max<int64_t>(tiles, 1), kPreprocessThreads, 0, arguments);
-  chain.launch(row.function, std::min<int64_t>(counts.works, device.units), c.threads(), row.shared_bytes, arguments);
+  const int64_t ctas = counts.works > 0 ? std::min<int64_t>(counts.claims, device.units) : 0;
+  chain.launch(row.function, ctas, c.threads(), row.shared_bytes, arguments);
   chain.launch(row.postprocess, std::min<int64_t>(tiles, 4 * device.units) + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0,
                arguments);
   return chain.status();

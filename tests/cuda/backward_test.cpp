@@ -111,7 +111,8 @@ TEST_F(Backward, SumsAreUsedAgain) {
 // Many tiles and blocks, so that rings wrap and every order of CTAs comes about.
 TEST_F(Backward, LongSequences) {
   for (const char* line : {"bwd q2000 k1900 h4/2 d128 bf16 causal", "bwd q1500 k2100 h2 d64 bf16", "bwd q1100 k1300 h2 d256 bf16 causal",
-                           "bwd q2500 h1 d96 fp16 window=300,0", "bwd b9 q900 k800 h2 d128 bf16 packed tq3000 tk2800 seqused causal"})
+                           "bwd q2500 h1 d96 fp16 window=300,0", "bwd q2500 k77 h4/2 d128 bf16",
+                           "bwd b9 q900 k800 h2 d128 bf16 packed tq3000 tk2800 seqused causal"})
     for (const char* order : {"", " deterministic"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 7, Layout::kGaps));
 }
 

@@ -91,7 +91,7 @@ struct Claims {
   // Waits for the present one; false: it is past the last.
   __device__ __forceinline__ bool enter() {
     shared.work_full[place.stage()].wait(place.parity());
-    return work().claim < params.works + params.lag;
+    return work().claim < params.claims;
   }
   // Goes on to the next. Every thread arrives, for what it has read.
   __device__ __forceinline__ void leave() {
@@ -111,6 +111,7 @@ struct Claimer {
   BackwardShared<C>& shared;
   const bool leader = threadIdx.x % 32 == 0;
 
+  // All works of a unit have added to its sums, or all shares are written where sums are used again: there are as many of them then.
   __device__ __forceinline__ bool all(const int& count) const { return ptx::load_acquire(&count) == params.k_blocks; }
   // What a claim's sums wait for: dq of the unit that had their place before.
   __device__ __forceinline__ bool is_free(int claim) const {
@@ -119,7 +120,7 @@ struct Claimer {
   }
   // Whether all of the unit that a claim writes a share of have added to its sums.
   __device__ __forceinline__ bool is_summed(int claim) const {
-    return claim < params.lag || claim >= params.works + params.lag || all(params.progress[(claim - params.lag) / params.k_blocks].added);
+    return claim < params.lag || claim >= params.claims || all(params.progress[(claim - params.lag) / params.shares].added);
   }
 
   __device__ __forceinline__ void run() {
@@ -148,10 +149,9 @@ struct Claimer {
       if (count > 0) shared.share_written.wait(phase);
       __syncwarp();
       if (ready) shared.share_ready.arrive_if(leader);
-      if (count > 0 && leader && before >= params.lag)
-        ptx::add_release(&params.progress[(before - params.lag) / params.k_blocks].written, 1);
+      if (count > 0 && leader && before >= params.lag) ptx::add_release(&params.progress[(before - params.lag) / params.shares].written, 1);
       before = claim;
-      if (claim >= params.works + params.lag) break;
+      if (claim >= params.claims) break;
       if (!free) {
         while (!is_free(claim)) __nanosleep(20);
         __syncwarp();

@@ -72,10 +72,10 @@ struct BackwardParams {
   // Of one head, packed: bounds; not packed: of one sequence. Tiles of rows and of keys, and blocks of keys.
   int q_tiles, k_tiles, k_blocks;
   // A work is a block of keys, a unit the query heads of one key/value head (of one sequence, where sequences are not packed): k_blocks
-  // works and the sums of group * q_tiles tiles of dq. The CTAs claim numbers in rising order: claim w stands for work w, and for the
-  // w - lag'th share of dq, whose sums are mostly complete by then. Sums lie in a ring of units: dq of one is written before the next one
-  // there adds.
-  int works, units, lag, ring;
+  // works and the sums of group * q_tiles tiles of dq. The CTAs claim numbers in rising order: claim w stands for work w, and for share
+  // w - lag of dq, whose sums are mostly complete by then. A unit has as many shares as works, or more where there are few works. Sums lie
+  // in a ring of units: dq of one is written before the next one there adds.
+  int works, units, shares, lag, claims, ring;
   // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
   // others read first.
   long long tiles, key_tiles;  // of one head in the workspace

@@ -137,13 +137,13 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
   return __shfl_sync(0xffffffff, range.begin < range.end, 0);
 }
 
-// Finds the share of dq that belongs to work number `index`, by one thread.
+// Finds share number `index` of dq, by one thread.
 __device__ __forceinline__ void find_share(const BackwardParams& params, ShareWork& share, int index) {
   share.tiles = 0;
-  if (index < 0 || index >= params.works) return;
+  if (index < 0 || index >= params.units * params.shares) return;
   const bool packed = params.cu_seqlens_q != nullptr;
-  const int unit = index / params.k_blocks, all = params.group * params.q_tiles, most = ceil_div(all, params.k_blocks);
-  share.begin = index % params.k_blocks * most;
+  const int unit = index / params.shares, all = params.group * params.q_tiles, most = ceil_div(all, params.shares);
+  share.begin = index % params.shares * most;
   share.tiles = min_of(most, all - share.begin);
   share.first_sum = unit % params.ring * all;
   share.again = unit + params.ring < params.units;
