@@ -36,4 +36,6 @@ def explain(problem: str, device: Device | None = None, *, lengths_q=(), lengths
             lengths.append([operator.index(length) for length in given])
         except TypeError:
             raise TypeError(f"{name} {given!r} is not a sequence of whole numbers") from None
+        if (beyond := next((length for length in lengths[-1] if not 0 <= length < 2**31), None)) is not None:
+            raise ValueError(f"{name} has {beyond}, which is not between 0 and 2147483647")
     return _core.explain(problem, Device.cpu() if device is None else device, *lengths)

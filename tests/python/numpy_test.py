@@ -196,6 +196,7 @@ def test_errors_name_argument_value_and_rule():
         (TypeError, "lengths_q 'ab' is not a sequence", lambda: tilewise.explain("q8 d64", lengths_q="ab")),
         (TypeError, r"lengths_k \[2.5\] is not a sequence of whole", lambda: tilewise.explain("q8 d64", lengths_k=[2.5])),
         (TypeError, "lengths_k 5 is not a sequence of whole", lambda: tilewise.explain("q8 d64", lengths_k=5)),
+        (ValueError, "lengths_q has 1099511627776, which is not between 0", lambda: tilewise.explain("q8 d64", lengths_q=[1, 2**40])),
         (TypeError, "v is None", lambda: tilewise.attention(q, k, None)),
     ):
         with pytest.raises(error, match=sentence):
