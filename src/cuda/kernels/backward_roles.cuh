@@ -66,7 +66,7 @@ struct KeyRole : KeyGradients<C> {
     const int full_begin = ptx::uniform(work.all.full_begin), full_end = ptx::uniform(whole ? work.all.full_end : 0);
     if (begin < end) {
       keys_full.wait(work.parity);
-      role.shared.keys_empty.arrive_if(role.leader);
+      role.shared.keys_empty.arrive();
       for (int head = 0; head < role.params.group; ++head)
         role.run_head(work.head * role.params.group + head, begin, end, full_begin, full_end);
     }

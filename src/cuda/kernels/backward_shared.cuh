@@ -55,7 +55,7 @@ struct BackwardShared {
       work_empty[i].init(128 * (C.mains + 1) + (C.roles ? 2 : 1) + (deterministic ? 1 : 0));  // warpgroups, loading threads, turns
     }
     loads_issued.init(1);
-    keys_empty.init(4 + 4 * C.mains);  // dq has used k for the last time, all main warps have seen k and v come
+    keys_empty.init(4 + 128 * C.mains);  // dq's warps have used k for the last time, all main threads have seen k and v come
     sums_free.init(1);
     sums_added.init(4);
     share_ready.init(1);
@@ -141,7 +141,7 @@ struct Claimer {
       }
       if (any) parity ^= 1;
       shared.work_full[count % 2].arrive();  // every lane, for what it has written
-      const bool free = is_free(claim), ready = is_summed(claim);
+      const bool free = __all_sync(0xffffffff, is_free(claim)), ready = __all_sync(0xffffffff, is_summed(claim));
       // Not before all have passed the phase before, or two phases could pass unseen.
       if (count > 0) shared.sums_added.wait(phase);
       __syncwarp();
@@ -153,13 +153,12 @@ struct Claimer {
       before = claim;
       if (claim >= params.claims) break;
       if (!free) {
-        while (!is_free(claim)) __nanosleep(20);
-        __syncwarp();
+        while (!__all_sync(0xffffffff, is_free(claim))) __nanosleep(20);
         shared.sums_free.arrive_if(leader);
       }
       if (!ready) {
-        while (!is_summed(claim)) __nanosleep(20);
-        __syncwarp();
+        while (!__all_sync(0xffffffff, is_summed(claim)))
+          __nanosleep(claim < params.works ? 20 : 500);  // who has no work is not in a hurry
         shared.share_ready.arrive_if(leader);
       }
       shared.loads_issued.wait(count % 2);

@@ -317,7 +317,7 @@ struct KeyGradients : Claims<C> {
     if (all_begin < all_end) {
       shared.k_full.wait(work().parity);
       shared.v_full.wait(work().parity);
-      shared.keys_empty.arrive_if(leader);  // has seen them come: two phases must not pass unseen
+      shared.keys_empty.arrive();  // every lane, for what it has seen come: two phases must not pass unseen
     }
     for (int head = 0; head < params.group; ++head) {
       if (begin == end) {
