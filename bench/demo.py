@@ -178,7 +178,7 @@ def main():
         print("saved in", results.save("demo", {"device": device, "problem": f"h{HEADS} d{HEAD_DIM} fp32", "rows": rows}))
     slower = [row["seqlen"] for row in rows if row["standard"].get("seconds", math.inf) < row["flash"]["seconds"]]
     if slower:
-        print(f"\nUp to {max(slower):,} tokens there is too little to do: threads take longer to begin, and longer still while others use the machine.")
+        print(f"\nUp to {max(slower):,} tokens standard attention was faster here: so short a call is mostly the start of the threads, which others who use the machine delay.")
     print(f"\nThe same as a page with plots, the roofline and the tile plan:\n  {path.resolve()}")
 
 

@@ -5,7 +5,6 @@
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/gemm.cuh"
-#include "cuda/tile/load.cuh"
 
 namespace tilewise {
 

@@ -4,7 +4,6 @@
 #include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/cycle.cuh"
-#include "cuda/tile/gemm.cuh"
 #include "cuda/tile/load.cuh"
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/shared.cuh"

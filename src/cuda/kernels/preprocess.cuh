@@ -5,9 +5,7 @@
 #include "cuda/kernels/gradient_rows.cuh"
 #include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
-#include "cuda/tile/fragment.cuh"
 #include "cuda/tile/shared.cuh"
-#include "cuda/tile/store_row.cuh"
 
 namespace tilewise {
 

@@ -23,8 +23,7 @@ __device__ __forceinline__ void transpose4(uint32_t (&x)[4], int t) {
 
 // Writes row r (0 or 1) of this thread's fragment, times `factor`, as kElement. `row` points to the row's first column; null: not written.
 template <ptx::Element kElement, int kCount>
-__device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns,
-                                          int thread = static_cast<int>(threadIdx.x)) {
+__device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns, int thread) {
   const int t = thread % 4;
 #pragma unroll
   for (int group = 0; group < kCount / 16; ++group) {
