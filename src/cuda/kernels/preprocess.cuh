@@ -43,21 +43,19 @@ __device__ __forceinline__ uint4 split(float x) {
   return make_uint4(high | middle << 16, ptx::pack<kElement>(x, 0), 0, 0);
 }
 
-// What the backward kernel needs of a row of a tile.
-__device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta) {
+// What the backward kernel needs of a row of a tile, by the first four of eight lanes.
+__device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta, int lane) {
+  const int which = lane / 2, half = lane % 2;  // of the addends of a row each lane writes 16 bytes
+  if (which > 1) return;
+  const float x = which == 0 ? lse : delta;
   if (p.addends) {
-    const int tiles = p.block_m / kBlockM, inside = static_cast<int>(tile % tiles);  // of a step
-    unsigned char* addends = p.addends + (tile - inside) * kAddendBytes + inside * kBlockM * 32;
-    for (const float x : {lse / p.scale_log2, delta}) {
-      *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 0)) = split(x);
-      *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, 1)) = make_uint4(0, 0, 0, 0);
-      addends += tiles * (kAddendBytes / 2);
-    }
-    return;
+    const int tiles = p.block_m / kBlockM, inside = static_cast<int>(tile) & (tiles - 1);  // of a step, which has one or two
+    unsigned char* addends = p.addends + (tile - inside) * kAddendBytes + which * tiles * (kAddendBytes / 2) + inside * kBlockM * 32;
+    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, half)) =
+        half ? make_uint4(0, 0, 0, 0) : split(which == 0 ? x / p.scale_log2 : x);
+  } else if (half == 0) {
+    p.rows[tile * kRowFloats + which * kBlockM + row_place(row)] = x;
   }
-  float* rows = p.rows + tile * kRowFloats + row_place(row);
-  rows[0] = lse;
-  rows[kBlockM] = delta;
 }
 
 // Zeros in rows of dk and dv that take no part, of a tile, and in its spoilt rows.
@@ -84,11 +82,50 @@ __device__ __forceinline__ void clear_keys(const BackwardParams& p, int index) {
   }
 }
 
-// A CTA has one tile of rows, the last one first: what the next kernel begins with is then still in L2.
+// Of two runs of eight elements.
 template <ptx::Element kElement>
+__device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
+  const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i])) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i]));
+    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i] >> 16)) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i] >> 16));
+  }
+  return sum;
+}
+
+// A CTA has one tile of rows, the last one first: what the next kernel begins with is then still in L2. Eight threads have a row, in two
+// passes; all their loads are issued before anything else is done. head_dim_v is at most kColumns, sums have head_dim columns.
+template <ptx::Element kElement, int kColumns>
 __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
   ptx::launch_dependents();
+  constexpr int kPassRows = kPreprocessThreads / 8, kPasses = kBlockM / kPassRows, kRuns = (kColumns + 63) / 64;
   const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 8;
+  const RowTile at = find_tile(p, index);
+  const bool packed = p.cu_seqlens_q != nullptr;
+  Sequence whole{};
+  uint4 o[kPasses][kRuns], grad[kPasses][kRuns];
+  float lse[kPasses], dlse[kPasses];
+  if (at.batch >= 0) {
+    whole = whole_sequence(p, at.batch);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = at.tile * kBlockM + pass * kPassRows + thread / 8;
+      const bool inside = row < whole.seqlen_q;
+      const uint16_t* o_row = row_of(p.o, packed, at.batch, whole.q_row + row, at.head) + lane * 8;
+      const uint16_t* grad_row = row_of(p.do_, packed, at.batch, whole.q_row + row, at.head) + lane * 8;
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) {
+        const bool there = inside && run * 64 + lane * 8 < p.head_dim_v;
+        o[pass][run] = there ? __ldcs(reinterpret_cast<const uint4*>(o_row + run * 64)) : make_uint4(0, 0, 0, 0);
+        grad[pass][run] = there ? *reinterpret_cast<const uint4*>(grad_row + run * 64) : make_uint4(0, 0, 0, 0);
+      }
+      lse[pass] = inside ? p.lse[(packed ? 0 : at.batch * p.lse_batch) + at.head * p.lse_head + whole.q_row + row] : 0;
+      dlse[pass] = inside && p.dlse ? p.dlse[(packed ? 0 : at.batch * p.dlse_batch) + at.head * p.dlse_head + whole.q_row + row] : 0;
+    }
+  }
+
   const long long threads = static_cast<long long>(gridDim.x) * kPreprocessThreads;
   if (index == 0 && thread == 0) *p.counters = {0, 0};
   for (long long i = static_cast<long long>(index) * kPreprocessThreads + thread; i < p.units; i += threads) p.progress[i] = {0, 0};
@@ -97,53 +134,33 @@ __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const 
     for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
   }
   clear_keys(p, index);
-  const RowTile at = find_tile(p, index);
   if (at.batch < 0) return;
-  const Sequence whole = whole_sequence(p, at.batch);
   const Trimmed part = trimmed_sequence(p, at.batch);
   const long long tiles = at.head * p.tiles + first_tile(p, whole.q_row, at.batch);
-  const bool packed = p.cu_seqlens_q != nullptr;
-  if (thread < kBlockM && at.tile * kBlockM + thread >= part.sequence.seqlen_q) {  // rows past the end: p = 0
-    write_row(p, tiles + at.tile, thread, -INFINITY, 0);
-  }
   if (thread == 0) p.turn[tiles + at.tile] = 0;
   const int parts = head_dim / 32;
   if (thread < parts) p.spoilt[(tiles + at.tile) * parts + thread] = {};
 
   float dsink = 0;
 #pragma unroll
-  for (int pass = 0; pass < kBlockM * 8 / kPreprocessThreads; ++pass) {
-    const int row = at.tile * kBlockM + pass * (kPreprocessThreads / 8) + thread / 8;
-    const bool inside = row < whole.seqlen_q;
-    const int r = row - part.q_begin;  // of those that take part
-    const bool takes_part = inside && r >= 0 && r < part.sequence.seqlen_q;
-    if (inside && !takes_part && !p.accumulate)
-      for (int column = lane * 8; column < p.head_dim; column += 64)
-        *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + column) = make_uint4(0, 0, 0, 0);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = at.tile * kBlockM + pass * kPassRows + thread / 8;
+    if (row >= part.sequence.seqlen_q) write_row(p, tiles + at.tile, row % kBlockM, -INFINITY, 0, lane);  // past the end: p = 0
     float delta = 0;
-    if (inside) {
-      const uint16_t* o = row_of(p.o, packed, at.batch, whole.q_row + row, at.head);
-      const uint16_t* grad = row_of(p.do_, packed, at.batch, whole.q_row + row, at.head);
-#pragma unroll 4
-      for (int column = lane * 8; column < p.head_dim_v; column += 64) {
-        const uint4 a = *reinterpret_cast<const uint4*>(o + column), b = *reinterpret_cast<const uint4*>(grad + column);
-        const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          delta += ptx::to_float<kElement>(static_cast<uint16_t>(x[i])) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i]));
-          delta += ptx::to_float<kElement>(static_cast<uint16_t>(x[i] >> 16)) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i] >> 16));
-        }
-      }
-    }
+    for (int run = 0; run < kRuns; ++run) delta += dot<kElement>(o[pass][run], grad[pass][run]);
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
-    if (!inside || lane != 0) continue;
-    const float lse = p.lse[(packed ? 0 : at.batch * p.lse_batch) + at.head * p.lse_head + whole.q_row + row];
-    if (p.dlse) delta -= p.dlse[(packed ? 0 : at.batch * p.dlse_batch) + at.head * p.dlse_head + whole.q_row + row];
-    if (p.dsink && p.sink[at.head] != -INFINITY) dsink -= ptx::exp2((p.sink[at.head] - lse) * kLog2e) * delta;
-    if (!takes_part) continue;
-    const bool sees = lse != -INFINITY;  // a row whose scores are all -inf gives and takes nothing
-    write_row(p, tiles + r / kBlockM, r % kBlockM, sees ? -lse * kLog2e : -INFINITY, sees ? -delta : 0);
+    if (row >= whole.seqlen_q) continue;
+    const int r = row - part.q_begin;  // of those that take part
+    const bool takes_part = r >= 0 && r < part.sequence.seqlen_q;
+    if (!takes_part && !p.accumulate)
+      for (int column = lane * 8; column < p.head_dim; column += 64)
+        *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + column) = make_uint4(0, 0, 0, 0);
+    delta -= dlse[pass];
+    if (p.dsink && lane == 0 && p.sink[at.head] != -INFINITY) dsink -= ptx::exp2((p.sink[at.head] - lse[pass]) * kLog2e) * delta;
+    const bool sees = lse[pass] != -INFINITY;  // a row whose scores are all -inf gives and takes nothing
+    if (takes_part) write_row(p, tiles + r / kBlockM, r % kBlockM, sees ? -lse[pass] * kLog2e : -INFINITY, sees ? -delta : 0, lane);
   }
   if (!p.dsink) return;
   __shared__ float warps[kPreprocessThreads / 32];
