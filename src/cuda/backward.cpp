@@ -36,7 +36,8 @@ std::string name_of(const BackwardConfig& c) {
 
 // What gradient_params.h counts. Packed: bounds, since a sequence has at most one step or block that is not full.
 struct Counts {
-  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, shares, lag, claims, ring;
+  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, interleaved, interleave, shares, lag,
+      claims, ring;
   Counts(const Problem& p, const BackwardConfig& c, const Device& device) {
     q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
     k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
@@ -55,12 +56,24 @@ struct Counts {
     const bool rounds = works > sms, uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
     const int64_t margin = (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0);
     shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
-    lag = rounds ? k_blocks + margin : works;
+    // Blocks that wait for one another are claimed one after the other: CTAs that claim at a time should get those of different units. Of
+    // blocks of different length the longest come first: those of several units together, so that the very last ones are short. Where
+    // works are short, they are better mixed until then.
+    interleave = 1;
+    if (rounds && (p.deterministic || (uneven && 5 * k_blocks > sms)))
+      interleave = std::clamp<int64_t>((sms + k_blocks / 2) / k_blocks, 1, units);
+    else if (rounds && uneven)
+      interleave = std::min(units, margin / k_blocks + 1);
+    interleaved = p.deterministic || 5 * k_blocks > sms ? 0 : units - interleave;
+    lag = !rounds ? works
+                  : interleave * k_blocks +
+                        (p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, interleaved > 0 ? 0 : sms));
     claims = lag + units * shares;
-    ring = rounds ? std::min(units, 2 + ceil_div<int64_t>(2 * margin + sms, k_blocks)) : units;
+    ring = rounds ? std::min(units, 2 * interleave + ceil_div<int64_t>(2 * (lag - interleave * k_blocks) + sms, k_blocks)) : units;
     // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that
     // had the sums before have smaller claims than a work that adds to them.
-    assert(lag >= (rounds ? k_blocks : works) && (ring == units || (shares == k_blocks && (ring - 1) * k_blocks >= lag)));
+    assert(lag >= (rounds ? interleave * k_blocks : works) &&
+           (ring == units || (shares == k_blocks && (ring - interleave) * k_blocks >= lag)));
   }
 };
 
@@ -186,6 +199,8 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.tanh_factor = p.softcap > 0 ? 2 * kLog2e * r.scale / p.softcap : 0;
   r.top_left = p.alignment == Alignment::kTopLeft;
   r.deterministic = p.deterministic;
+  r.alike = !p.packed && !r.seqused_k;
+  r.part = trim(sequence_of(0, r.seqlen_q, r.seqlen_k, nullptr, nullptr, nullptr), r.window_left, r.window_right, r.top_left);
   r.accumulate = p.accumulate;
   r.block_m = c.block_m;
   r.block_n = c.block_n();
@@ -194,6 +209,8 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.works = static_cast<int>(counts.works);
   r.units = static_cast<int>(counts.units);
+  r.interleaved = static_cast<int>(counts.interleaved);
+  r.interleave = static_cast<int>(counts.interleave);
   r.shares = static_cast<int>(counts.shares);
   r.lag = static_cast<int>(counts.lag);
   r.claims = static_cast<int>(counts.claims);

@@ -95,8 +95,7 @@ struct ScoreRole : KeyRole<C> {
       }
       place = make_uint4(x[0], x[1], x[2], x[3]);
     }
-    __syncwarp();
-    shared.p_full[slot.stage()].arrive_if(leader);
+    shared.p_full[slot.stage()].arrive();  // every lane, for what it has written
     slot.advance();
   }
   __device__ __forceinline__ void issue_dv() {

@@ -26,7 +26,7 @@ struct BackwardShared {
   alignas(256) unsigned char ones[256];
   alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];  // gradient_params.h
   BackwardWork work[2];                                              // the present one and the next
-  tile::Barrier work_full[2], work_empty[2], loads_issued, keys_empty;
+  tile::Barrier work_full[2], work_empty[2], claim_next, keys_empty;
   tile::Barrier sums_free, sums_added, share_ready, share_written;  // for each claim: may it be done, has it been
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
@@ -53,7 +53,7 @@ struct BackwardShared {
       work_full[i].init(32);
       work_empty[i].init(128 * (C.mains + 1) + (C.roles ? 2 : 1) + (deterministic ? 1 : 0));  // warpgroups, loading threads, turns
     }
-    loads_issued.init(1);
+    claim_next.init(1);
     keys_empty.init(4 + 128 * C.mains);  // dq's warps have used k for the last time, all main threads have seen k and v come
     sums_free.init(1);
     sums_added.init(4);
@@ -67,7 +67,7 @@ struct BackwardShared {
       q_empty[i].init(C.roles ? 4 : 4 * C.mains);  // warps of the main warpgroups; of roles, of the one that is last
       do_empty[i].init(4 * C.mains);
     }
-    for (int i = 0; i < kSlots; ++i) p_full[i].init(4);
+    for (int i = 0; i < kSlots; ++i) p_full[i].init(128);
     my_turn.init(1);
     added.init(4);
     for (int i = 0; i < kSlots; ++i)
@@ -100,10 +100,11 @@ struct Claims {
 };
 
 // One warp: claims, finds what claims mean, and keeps in step with other CTAs.
-// The next claim comes when all loads of the one before have been issued: late, so that who is fast gets more, and early enough to load the
-// next block of keys as soon as it can be. Even the first is not the CTA's number: others may wait for what has been claimed, so it must be
-// somebody's who is running. What others have done is asked here, and what the main warpgroups have written is told here, because the way
-// to global memory and back takes thousands of clocks; nobody waits for a claim that is not smaller than his own.
+// The next claim comes when few loads of the one before are left to issue: late, so that who is fast gets more, and early enough to load
+// the next block of keys as soon as it can be: to claim and to find out what that means takes 14,000 clocks beside all else. Even the first
+// is not the CTA's number: others may wait for what has been claimed, so it must be somebody's who is running. What others have done is
+// asked here, and what the main warpgroups have written is told here, because the way to global memory and back takes thousands of clocks;
+// nobody waits for a claim that is not smaller than his own.
 template <BackwardConfig C>
 struct Claimer {
   const BackwardParams& params;
@@ -114,7 +115,7 @@ struct Claimer {
   __device__ __forceinline__ bool all(const int& count) const { return ptx::load_acquire(&count) == params.k_blocks; }
   // What a claim's sums wait for: dq of the unit that had their place before.
   __device__ __forceinline__ bool is_free(int claim) const {
-    const int before = claim / params.k_blocks - params.ring;
+    const int before = unit_block(params, claim).unit - params.ring;
     return claim >= params.works || before < 0 || all(params.progress[before].written);
   }
   // Whether all of the unit that a claim writes a share of have added to its sums.
@@ -160,7 +161,7 @@ struct Claimer {
           __nanosleep(claim < params.works ? 20 : 500);  // who has no work is not in a hurry
         shared.share_ready.arrive_if(leader);
       }
-      shared.loads_issued.wait(count % 2);
+      shared.claim_next.wait(count % 2);
       if (params.deterministic) shared.sums_added.wait(count % 2);  // who claims first must begin first
     }
   }
@@ -171,17 +172,20 @@ struct Claimer {
 template <BackwardConfig C>
 struct Loader : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
-  int head, m;
+  int head, m, left;  // the present step, and how many there are from it on
   tile::Cycle<C.stages> at;
+  static constexpr int kAhead = 4;  // when that few steps are left to load, the next work is claimed
 
-  __device__ __forceinline__ bool more() const { return head < params.group && m < work().all.end; }
+  __device__ __forceinline__ bool more() const { return left > 0; }
   __device__ __forceinline__ void next() {
     at.advance();
     if (++m == work().all.end) m = work().all.begin, ++head;
+    --left;
   }
   // False: no query sees the keys.
   __device__ __forceinline__ bool begin() {
     head = 0, m = work().all.begin;
+    left = params.group * max_of(work().all.end - m, 0);
     if (more()) shared.keys_empty.wait(work().parity ^ 1);
     return more();
   }
@@ -217,10 +221,12 @@ struct Loader : Claims<C> {
   }
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (; this->enter(); shared.loads_issued.arrive(), this->leave()) {
+    for (; this->enter(); this->leave()) {
       if (begin()) load_k(), load_v();
+      if (left < kAhead) shared.claim_next.arrive();
 #pragma unroll 1
       for (; more(); next()) {
+        if (left == kAhead) shared.claim_next.arrive();
         shared.q_empty[at.stage].wait(at.parity ^ 1);
         load_q();
         load_do();
@@ -230,10 +236,12 @@ struct Loader : Claims<C> {
   }
   __device__ __forceinline__ void run_q() {
 #pragma unroll 1
-    for (; this->enter(); shared.loads_issued.arrive(), this->leave()) {
+    for (; this->enter(); this->leave()) {
       if (begin()) load_k();
+      if (left < kAhead) shared.claim_next.arrive();
 #pragma unroll 1
       for (; more(); next()) {
+        if (left == kAhead) shared.claim_next.arrive();
         shared.q_empty[at.stage].wait(at.parity ^ 1);
         load_q();
         load_rows();

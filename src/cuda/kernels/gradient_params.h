@@ -51,6 +51,13 @@ struct Counters {
   int spoilt;  // not 0: a row of a gradient is not finite
 };
 
+// The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.
+struct Trimmed {
+  Sequence sequence;     // with its first row and length
+  Band band;             // of the trimmed sequence
+  int q_begin, k_begin;  // rows that were cut off before it
+};
+
 struct BackwardParams {
   CUtensorMap q_map, k_map, v_map, do_map;  // boxes of a step's queries, of 64 keys
   Elements q, k, v, o, do_, dq, dk, dv;
@@ -67,15 +74,18 @@ struct BackwardParams {
   float scale, scale_log2;          // scale_log2: for powers of two, never near 0
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
+  bool alike;  // all sequences are: `part` is what takes part of each
+  Trimmed part;
   bool accumulate;  // dq, dk and dv are float32 and are added to
   int block_m;      // of a step: each sequence has whole steps of tiles
   // Of one head, packed: bounds; not packed: of one sequence. Tiles of rows and of keys, and blocks of keys.
   int q_tiles, k_tiles, k_blocks;
   // A work is a block of keys, a unit the query heads of one key/value head (of one sequence, where sequences are not packed): k_blocks
   // works and the sums of group * q_tiles tiles of dq. The CTAs claim numbers in rising order: claim w stands for work w, and for share
-  // w - lag of dq, whose sums are mostly complete by then. A unit has as many shares as works, or more where there are few works. Sums lie
-  // in a ring of units: dq of one is written before the next one there adds.
-  int works, units, shares, lag, claims, ring;
+  // w - lag of dq, whose sums are mostly complete by then. The works of a unit come one after the other, but for units from `interleaved`
+  // on: of each `interleave` of them block 0 comes first, then block 1. A unit has as many shares as works, or more where there are few
+  // works. Sums lie in a ring of units: dq of one is written before the next one there adds.
+  int works, units, interleaved, interleave, shares, lag, claims, ring;
   // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
   // others read first.
   long long tiles, key_tiles;  // of one head in the workspace
@@ -90,13 +100,6 @@ struct BackwardParams {
   Progress* progress;          // [unit]
   Counters* counters;
   int block_n;  // keys of a work
-};
-
-// The part of a sequence that takes part: queries that see a key, keys that a query sees. Rows around it may hold anything.
-struct Trimmed {
-  Sequence sequence;     // with its first row and length
-  Band band;             // of the trimmed sequence
-  int q_begin, k_begin;  // rows that were cut off before it
 };
 
 TW_HD Trimmed trim(Sequence sequence, long long window_left, long long window_right, bool top_left) {

@@ -38,6 +38,7 @@ __device__ __forceinline__ Sequence whole_sequence(const BackwardParams& p, int 
   return sequence_of(batch, p.seqlen_q, p.seqlen_k, p.cu_seqlens_q, p.cu_seqlens_k, nullptr);
 }
 __device__ __forceinline__ Trimmed trimmed_sequence(const BackwardParams& p, int batch) {
+  if (p.alike) return p.part;
   return trim(sequence_of(batch, p.seqlen_q, p.seqlen_k, p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k), p.window_left, p.window_right,
               p.top_left);
 }
@@ -68,6 +69,19 @@ struct ShareWork {
   int first_sum;         // of the unit: tile of the ring of sums
   bool again;            // another unit will use the sums
 };
+
+// The unit of a work and which of its blocks of keys it is, in the order of claims.
+struct UnitBlock {
+  int unit, block;
+};
+__device__ __forceinline__ UnitBlock unit_block(const BackwardParams& params, int work) {
+  int index = work - params.interleaved * params.k_blocks;
+  if (index < 0) return {work / params.k_blocks, work % params.k_blocks};
+  const int first = params.interleaved + index / (params.interleave * params.k_blocks) * params.interleave;
+  const int units = min_of(params.interleave, params.units - first);
+  index = work - first * params.k_blocks;
+  return {first + index % units, index / units};
+}
 
 // What a CTA does for a claim. Written by one warp, read by all.
 struct BackwardWork {
@@ -103,20 +117,22 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
   int n_begin = 0, seqlen_k = 0;
   if (claim < params.works) {
     const bool packed = params.cu_seqlens_k != nullptr;
-    const int heads = params.num_heads / params.group, unit = claim / params.k_blocks, block = claim % params.k_blocks;
+    const int heads = params.num_heads / params.group;
+    const auto [unit, block] = unit_block(params, claim);
     Place place = {unit / heads, block, params.k_blocks};
     if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), block);
     if (lane == 0) work.unit = unit;
     if (place.batch >= 0) {
       if (params.deterministic) place.block = place.blocks - 1 - place.block;
       n_begin = place.block * C.block_n();
-      const Trimmed part = trimmed_sequence(params, place.batch);
-      seqlen_k = part.band.seqlen_k;
+      if (lane == 0) work.part = trimmed_sequence(params, place.batch);
+      __syncwarp();
+      const Band& band = work.part.band;
+      seqlen_k = band.seqlen_k;
       const int begin = n_begin + (lane == 0 ? 0 : 64 * (lane - 1)), keys = lane == 0 ? C.block_n() : 64;
-      if (lane <= C.key_tiles() && begin < seqlen_k) range = q_blocks(part.band, begin, min_of(begin + keys, seqlen_k), C.block_m);
+      if (lane <= C.key_tiles() && begin < seqlen_k) range = q_blocks(band, begin, min_of(begin + keys, seqlen_k), C.block_m);
       if (lane == 0) {
         const Sequence whole = whole_sequence(params, place.batch);
-        work.part = part;
         work.first_tile = first_tile(params, whole.q_row, place.batch);
         work.first_key_tile = first_key_tile(params, whole.k_row, place.batch);
         work.first_sum = unit % params.ring * params.group * params.q_tiles + (packed ? static_cast<int>(work.first_tile) : 0);
