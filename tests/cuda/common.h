@@ -32,10 +32,8 @@ class Cuda : public testing::Test {
   bool verify(const Problem& problem, uint64_t seed, reference::Layout layout) {
     if (!Plan::make(problem, device_)) return false;
     const Result<reference::Report> report = reference::verify(problem, device_, seed, layout);
-    EXPECT_TRUE(report.ok()) << report.status().message();
-    if (report.ok()) {
-      EXPECT_TRUE(report->pass) << report->first_failure << "\n  " << reference::verify_line(problem, seed, layout) << " --device cuda";
-    }
+    EXPECT_TRUE(report.ok() && report->pass) << (report.ok() ? report->first_failure : std::string(report.status().message())) << "\n  "
+                                             << reference::verify_line(problem, seed, layout) << " --device cuda";
     return true;
   }
 
