@@ -92,7 +92,7 @@ struct Workspace {
     spoilt_keys = spoilt + aligned(count * (head_dim / 32) * sizeof(SpoiltRows));
     progress = spoilt_keys + aligned(static_cast<size_t>(counts.all_key_tiles) * sizeof(SpoiltKeys));
     counters = progress + aligned(static_cast<size_t>(counts.units) * sizeof(Progress));
-    bytes = counters + sizeof(Counters);
+    bytes = counters + aligned(sizeof(Counters));
   }
 };
 
@@ -201,6 +201,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.deterministic = p.deterministic;
   r.alike = !p.packed && !r.seqused_k;
   r.part = trim(sequence_of(0, r.seqlen_q, r.seqlen_k, nullptr, nullptr, nullptr), r.window_left, r.window_right, r.top_left);
+  r.whole = r.alike && r.part.sequence.seqlen_q == r.seqlen_q && r.part.sequence.seqlen_k == r.seqlen_k;
   r.accumulate = p.accumulate;
   r.block_m = c.block_m;
   r.block_n = c.block_n();
@@ -224,6 +225,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.addends = c.addends ? reinterpret_cast<unsigned char*>(workspace + at.addends) : nullptr;
   r.dsink_sum = reinterpret_cast<float*>(workspace + at.dsink_sum);
   r.turn = reinterpret_cast<int*>(workspace + at.turn);
+  r.zeros = static_cast<long long>((at.bytes - at.turn) / 16);
   r.spoilt = reinterpret_cast<SpoiltRows*>(workspace + at.spoilt);
   r.spoilt_keys = reinterpret_cast<SpoiltKeys*>(workspace + at.spoilt_keys);
   r.progress = reinterpret_cast<Progress*>(workspace + at.progress);

@@ -75,6 +75,7 @@ struct BackwardParams {
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
   bool alike;  // all sequences are: `part` is what takes part of each
+  bool whole;  // and that is all of it
   Trimmed part;
   bool accumulate;  // dq, dk and dv are float32 and are added to
   int block_m;      // of a step: each sequence has whole steps of tiles
@@ -94,6 +95,7 @@ struct BackwardParams {
   unsigned char* addends;      // [head][step][2][block_m] rows of 16 bfloat16, of which the sum of three is -lse / scale, and -delta; or
                                // null, where rows are used
   float* dsink_sum;            // [head][tile]
+  long long zeros;             // 16 bytes each, from `turn` on: what begins with 0
   int* turn;                   // [head][tile]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt_keys;     // [key/value head][tile of keys]
   SpoiltRows* spoilt;          // [head][tile][head_dim / 32]: of dq, by 32 columns

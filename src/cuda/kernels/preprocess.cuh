@@ -58,13 +58,11 @@ __device__ __forceinline__ void write_row(const BackwardParams& p, long long til
   }
 }
 
-// Zeros in rows of dk and dv that take no part, of a tile, and in its spoilt rows.
+// Zeros in rows of dk and dv that take no part, of a tile.
 __device__ __forceinline__ void clear_keys(const BackwardParams& p, int index) {
   const RowTile at = find_key_tile(p, index);
   if (at.batch < 0) return;
   const Sequence whole = whole_sequence(p, at.batch);
-  if (threadIdx.x == 0) p.spoilt_keys[at.head * p.key_tiles + first_key_tile(p, whole.k_row, at.batch) + at.tile] = {};
-  if (p.accumulate) return;
   const Trimmed part = trimmed_sequence(p, at.batch);
   const int first = at.tile * kBlockM, end = min_of(first + kBlockM, whole.seqlen_k), units = max_of(p.head_dim, p.head_dim_v) / 8;
   if (first >= part.k_begin && end <= part.k_begin + part.sequence.seqlen_k) return;
@@ -95,10 +93,13 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
+// CTAs on an SM at a time: registers hold the loads of as many.
+constexpr int preprocess_ctas(int columns) { return columns <= 64 ? 6 : columns <= 128 ? 3 : 2; }
 // A CTA has one tile of rows, the last one first: what the next kernel begins with is then still in L2. Eight threads have a row, in two
 // passes; all their loads are issued before anything else is done. head_dim_v is at most kColumns, sums have head_dim columns.
 template <ptx::Element kElement, int kColumns>
-__global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
+__global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kColumns))
+    backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
   ptx::launch_dependents();
   constexpr int kPassRows = kPreprocessThreads / 8, kPasses = kBlockM / kPassRows, kRuns = (kColumns + 63) / 64;
   const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 8;
@@ -127,20 +128,16 @@ __global__ void __launch_bounds__(kPreprocessThreads) backward_preprocess(const 
   }
 
   const long long threads = static_cast<long long>(gridDim.x) * kPreprocessThreads;
-  if (index == 0 && thread == 0) *p.counters = {0, 0};
-  for (long long i = static_cast<long long>(index) * kPreprocessThreads + thread; i < p.units; i += threads) p.progress[i] = {0, 0};
+  for (long long i = static_cast<long long>(index) * kPreprocessThreads + thread; i < p.zeros; i += threads)
+    reinterpret_cast<uint4*>(p.turn)[i] = make_uint4(0, 0, 0, 0);
   if (index < p.ring * p.group * p.q_tiles) {
     float4* sum = reinterpret_cast<float4*>(p.dq_sum + static_cast<long long>(index) * (kBlockM * head_dim));
     for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
   }
-  clear_keys(p, index);
+  if (!p.whole && !p.accumulate) clear_keys(p, index);
   if (at.batch < 0) return;
   const Trimmed part = trimmed_sequence(p, at.batch);
   const long long tiles = at.head * p.tiles + first_tile(p, whole.q_row, at.batch);
-  if (thread == 0) p.turn[tiles + at.tile] = 0;
-  const int parts = head_dim / 32;
-  if (thread < parts) p.spoilt[(tiles + at.tile) * parts + thread] = {};
-
   float dsink = 0;
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
