@@ -22,6 +22,7 @@ __device__ __forceinline__ void transpose4(uint32_t (&x)[4], int t) {
 }
 
 // Writes row r (0 or 1) of this thread's fragment, times `factor`, as kElement. `row` points to the row's first column; null: not written.
+// What is written is the first to leave L2.
 template <ptx::Element kElement, int kCount>
 __device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns, int thread) {
   const int t = thread % 4;
@@ -35,7 +36,7 @@ __device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float
     }
     transpose4(run, t);
     const int column = 32 * group + 8 * t;
-    if (row && column < columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(run[0], run[1], run[2], run[3]);
+    if (row && column < columns) __stcs(reinterpret_cast<uint4*>(row + column), make_uint4(run[0], run[1], run[2], run[3]));
   }
 }
 
