@@ -36,8 +36,8 @@ std::string name_of(const BackwardConfig& c) {
 
 // What gradient_params.h counts. Packed: bounds, since a sequence has at most one step or block that is not full.
 struct Counts {
-  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, interleaved, interleave, shares, lag,
-      claims, ring;
+  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, plain, interleave, shares, lag, claims,
+      ring;
   Counts(const Problem& p, const BackwardConfig& c, const Device& device) {
     q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
     k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
@@ -56,20 +56,19 @@ struct Counts {
     const bool rounds = works > sms, uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
     const int64_t margin = (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0);
     shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
-    // Blocks that wait for one another are claimed one after the other: CTAs that claim at a time should get those of different units. Of
-    // blocks of different length the longest come first: those of several units together, so that the very last ones are short. Where
-    // works are short, they are better mixed until then.
-    interleave = 1;
-    if (rounds && (p.deterministic || (uneven && 5 * k_blocks > sms)))
-      interleave = std::clamp<int64_t>((sms + k_blocks / 2) / k_blocks, 1, units);
-    else if (rounds && uneven)
-      interleave = std::min(units, margin / k_blocks + 1);
-    interleaved = p.deterministic || 5 * k_blocks > sms ? 0 : units - interleave;
-    lag = !rounds ? works
-                  : interleave * k_blocks +
-                        (p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, interleaved > 0 ? 0 : sms));
+    // Deterministic blocks of a unit wait for one another: CTAs that claim at the same time should get blocks of different units. Of blocks
+    // of different length the longest come first, those of several units together, so that the very last ones are short. Short works wait
+    // for memory together if they come together: they are mixed with long ones until the end, which is better with 16 blocks
+    // and worse with 32.
+    const bool alternate = rounds && (p.deterministic || uneven), at_end = alternate && !p.deterministic && 5 * k_blocks <= sms;
+    interleave = !alternate ? 1
+                 : at_end   ? std::min(units, margin / k_blocks + 1)
+                            : std::clamp<int64_t>((sms + k_blocks / 2) / k_blocks, 1, units);
+    plain = at_end ? units - interleave : 0;
+    const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
+    lag = rounds ? std::min(interleave * k_blocks + after, works) : works;
     claims = lag + units * shares;
-    ring = rounds ? std::min(units, 2 * interleave + ceil_div<int64_t>(2 * (lag - interleave * k_blocks) + sms, k_blocks)) : units;
+    ring = rounds ? std::min(units, 2 * interleave + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
     // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that
     // had the sums before have smaller claims than a work that adds to them.
     assert(lag >= (rounds ? interleave * k_blocks : works) &&
@@ -78,7 +77,7 @@ struct Counts {
 };
 
 struct Workspace {
-  size_t rows, addends, dsink_sum, turn, spoilt, spoilt_keys, progress, counters, bytes;  // dq_sum comes first
+  size_t rows, addends, dsink_sum, turn, spoilt, spoilt_keys, progress, counters, bytes;  // dq_sum comes first; zeros begin at turn
   Workspace(const Problem& p, const BackwardConfig& c, const Device& device) {
     const Counts counts(p, c, device);
     const auto count = static_cast<size_t>(counts.all_tiles), head_dim = static_cast<size_t>(c.head_dim);
@@ -210,7 +209,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.works = static_cast<int>(counts.works);
   r.units = static_cast<int>(counts.units);
-  r.interleaved = static_cast<int>(counts.interleaved);
+  r.plain = static_cast<int>(counts.plain);
   r.interleave = static_cast<int>(counts.interleave);
   r.shares = static_cast<int>(counts.shares);
   r.lag = static_cast<int>(counts.lag);

@@ -72,7 +72,7 @@ struct BackwardShared {
     added.init(4);
     for (int i = 0; i < kSlots; ++i)
       for (int j = 0; j < C.key_tiles(); ++j) {
-        ds_full[i][j].init(4);
+        ds_full[i][j].init(C.roles ? 128 : 4);
         ds_empty[i][j].init(4);
       }
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
@@ -101,7 +101,7 @@ struct Claims {
 
 // One warp: claims, finds what claims mean, and keeps in step with other CTAs.
 // The next claim comes when few loads of the one before are left to issue: late, so that who is fast gets more, and early enough to load
-// the next block of keys as soon as it can be: to claim and to find out what that means takes 14,000 clocks beside all else. Even the first
+// the next block of keys as soon as it can be, though to find out what a claim means takes long beside all else. Even the first
 // is not the CTA's number: others may wait for what has been claimed, so it must be somebody's who is running. What others have done is
 // asked here, and what the main warpgroups have written is told here, because the way to global memory and back takes thousands of clocks;
 // nobody waits for a claim that is not smaller than his own.
@@ -113,11 +113,8 @@ struct Claimer {
 
   // All works of a unit have added to its sums, or all shares are written where sums are used again: there are as many of them then.
   __device__ __forceinline__ bool all(const int& count) const { return ptx::load_acquire(&count) == params.k_blocks; }
-  // What a claim's sums wait for: dq of the unit that had their place before.
-  __device__ __forceinline__ bool is_free(int claim) const {
-    const int before = unit_block(params, claim).unit - params.ring;
-    return claim >= params.works || before < 0 || all(params.progress[before].written);
-  }
+  // What a claim's sums wait for: dq of the unit that had their place before, if there was one.
+  __device__ __forceinline__ bool is_free(int before) const { return before < 0 || all(params.progress[before].written); }
   // Whether all of the unit that a claim writes a share of have added to its sums.
   __device__ __forceinline__ bool is_summed(int claim) const {
     return claim < params.lag || claim >= params.claims || all(params.progress[(claim - params.lag) / params.shares].added);
@@ -141,7 +138,8 @@ struct Claimer {
       }
       if (any) parity ^= 1;
       shared.work_full[count % 2].arrive();  // every lane, for what it has written
-      const bool free = __all_sync(0xffffffff, is_free(claim)), ready = __all_sync(0xffffffff, is_summed(claim));
+      const int unit_before = claim < params.works ? unit_block(params, claim).unit - params.ring : -1;
+      const bool free = __all_sync(0xffffffff, is_free(unit_before)), ready = __all_sync(0xffffffff, is_summed(claim));
       // Not before all have passed the phase before, or two phases could pass unseen.
       if (count > 0) shared.sums_added.wait(phase);
       __syncwarp();
@@ -153,7 +151,7 @@ struct Claimer {
       before = claim;
       if (claim >= params.claims) break;
       if (!free) {
-        while (!__all_sync(0xffffffff, is_free(claim))) __nanosleep(20);
+        while (!__all_sync(0xffffffff, is_free(unit_before))) __nanosleep(20);
         shared.sums_free.arrive_if(leader);
       }
       if (!ready) {
@@ -174,7 +172,7 @@ struct Loader : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
   int head, m, left;  // the present step, and how many there are from it on
   tile::Cycle<C.stages> at;
-  static constexpr int kAhead = 4;  // when that few steps are left to load, the next work is claimed
+  static constexpr int kClaimAhead = 4;  // when that few steps are left to load, the next work is claimed
 
   __device__ __forceinline__ bool more() const { return left > 0; }
   __device__ __forceinline__ void next() {
@@ -185,7 +183,7 @@ struct Loader : Claims<C> {
   // False: no query sees the keys.
   __device__ __forceinline__ bool begin() {
     head = 0, m = work().all.begin;
-    left = params.group * max_of(work().all.end - m, 0);
+    left = params.group * (work().all.end - m);
     if (more()) shared.keys_empty.wait(work().parity ^ 1);
     return more();
   }
@@ -223,10 +221,10 @@ struct Loader : Claims<C> {
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
       if (begin()) load_k(), load_v();
-      if (left < kAhead) shared.claim_next.arrive();
+      if (left < kClaimAhead) shared.claim_next.arrive();
 #pragma unroll 1
       for (; more(); next()) {
-        if (left == kAhead) shared.claim_next.arrive();
+        if (left == kClaimAhead) shared.claim_next.arrive();
         shared.q_empty[at.stage].wait(at.parity ^ 1);
         load_q();
         load_do();
@@ -238,10 +236,10 @@ struct Loader : Claims<C> {
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
       if (begin()) load_k();
-      if (left < kAhead) shared.claim_next.arrive();
+      if (left < kClaimAhead) shared.claim_next.arrive();
 #pragma unroll 1
       for (; more(); next()) {
-        if (left == kAhead) shared.claim_next.arrive();
+        if (left == kClaimAhead) shared.claim_next.arrive();
         shared.q_empty[at.stage].wait(at.parity ^ 1);
         load_q();
         load_rows();

@@ -185,8 +185,12 @@ struct KeyGradients : Claims<C> {
 #pragma unroll
     for (int step = 0; step < C.block_m / 16; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    __syncwarp();
-    shared.ds_full[slot.stage()][keys].arrive_if(leader);
+    if constexpr (C.roles) {
+      shared.ds_full[slot.stage()][keys].arrive();  // every lane, for the p that it has read
+    } else {
+      __syncwarp();
+      shared.ds_full[slot.stage()][keys].arrive_if(leader);
+    }
     slot.advance();
   }
 

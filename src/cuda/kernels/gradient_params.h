@@ -74,7 +74,7 @@ struct BackwardParams {
   float scale, scale_log2;          // scale_log2: for powers of two, never near 0
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
-  bool alike;  // all sequences are: `part` is what takes part of each
+  bool alike;  // all sequences are: `part` is what takes part of each, else it means nothing
   bool whole;  // and that is all of it
   Trimmed part;
   bool accumulate;  // dq, dk and dv are float32 and are added to
@@ -83,10 +83,10 @@ struct BackwardParams {
   int q_tiles, k_tiles, k_blocks;
   // A work is a block of keys, a unit the query heads of one key/value head (of one sequence, where sequences are not packed): k_blocks
   // works and the sums of group * q_tiles tiles of dq. The CTAs claim numbers in rising order: claim w stands for work w, and for share
-  // w - lag of dq, whose sums are mostly complete by then. The works of a unit come one after the other, but for units from `interleaved`
-  // on: of each `interleave` of them block 0 comes first, then block 1. A unit has as many shares as works, or more where there are few
+  // w - lag of dq, whose sums are mostly complete by then. The works of the first `plain` units come unit by unit, those of `interleave`
+  // units alternate from there on: block 0 of each, then block 1 of each. A unit has as many shares as works, or more where there are few
   // works. Sums lie in a ring of units: dq of one is written before the next one there adds.
-  int works, units, interleaved, interleave, shares, lag, claims, ring;
+  int works, units, plain, interleave, shares, lag, claims, ring;
   // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
   // others read first.
   long long tiles, key_tiles;  // of one head in the workspace

@@ -70,14 +70,14 @@ struct ShareWork {
   bool again;            // another unit will use the sums
 };
 
-// The unit of a work and which of its blocks of keys it is, in the order of claims.
+// The unit of a work, which is not past the last, and which of the unit's blocks of keys it is, in the order of claims.
 struct UnitBlock {
   int unit, block;
 };
 __device__ __forceinline__ UnitBlock unit_block(const BackwardParams& params, int work) {
-  int index = work - params.interleaved * params.k_blocks;
+  int index = work - params.plain * params.k_blocks;
   if (index < 0) return {work / params.k_blocks, work % params.k_blocks};
-  const int first = params.interleaved + index / (params.interleave * params.k_blocks) * params.interleave;
+  const int first = params.plain + index / (params.interleave * params.k_blocks) * params.interleave;
   const int units = min_of(params.interleave, params.units - first);
   index = work - first * params.k_blocks;
   return {first + index % units, index / units};
@@ -114,7 +114,7 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
   static_assert(C.key_tiles() <= BackwardWork::kMost);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   BlockRange range{0, 0, 0, 0};  // lane 0: of all keys, 1 + i: of 64
-  int n_begin = 0, seqlen_k = 0;
+  int n_begin = 0;
   if (claim < params.works) {
     const bool packed = params.cu_seqlens_k != nullptr;
     const int heads = params.num_heads / params.group;
@@ -122,14 +122,15 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
     Place place = {unit / heads, block, params.k_blocks};
     if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), block);
     if (lane == 0) work.unit = unit;
-    if (place.batch >= 0) {
+    if (place.batch < 0) {
+      if (lane == 0) work.part.band.seqlen_k = 0;
+    } else {
       if (params.deterministic) place.block = place.blocks - 1 - place.block;
       n_begin = place.block * C.block_n();
       if (lane == 0) work.part = trimmed_sequence(params, place.batch);
       __syncwarp();
       const Band& band = work.part.band;
-      seqlen_k = band.seqlen_k;
-      const int begin = n_begin + (lane == 0 ? 0 : 64 * (lane - 1)), keys = lane == 0 ? C.block_n() : 64;
+      const int seqlen_k = band.seqlen_k, begin = n_begin + (lane == 0 ? 0 : 64 * (lane - 1)), keys = lane == 0 ? C.block_n() : 64;
       if (lane <= C.key_tiles() && begin < seqlen_k) range = q_blocks(band, begin, min_of(begin + keys, seqlen_k), C.block_m);
       if (lane == 0) {
         const Sequence whole = whole_sequence(params, place.batch);
@@ -145,7 +146,6 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
   if (lane == 0) {
     work.claim = claim;
     work.n_begin = n_begin;
-    if (seqlen_k == 0) work.part.band.seqlen_k = 0;
     work.all = range;
   } else if (lane <= C.key_tiles()) {
     work.mine[lane - 1] = range;
