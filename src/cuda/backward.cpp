@@ -62,7 +62,7 @@ struct Counts {
     const bool alternate = rounds && (p.deterministic || uneven), at_end = alternate && !p.deterministic && 5 * k_blocks <= sms;
     interleave = !alternate ? 1
                  : at_end   ? std::min(units, margin / k_blocks + 1)
-                            : std::clamp<int64_t>((sms + k_blocks / 2) / k_blocks, 1, units);
+                            : std::clamp<int64_t>(((p.deterministic && !uneven ? 2 : 1) * sms + k_blocks / 2) / k_blocks, 1, units);
     plain = at_end ? units - interleave : 0;
     const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
     lag = rounds ? std::min(interleave * k_blocks + after, works) : works;
@@ -199,7 +199,6 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.deterministic = p.deterministic;
   r.alike = !p.packed && !r.seqused_k;
   r.part = trim(sequence_of(0, r.seqlen_q, r.seqlen_k, nullptr, nullptr, nullptr), r.window_left, r.window_right, r.top_left);
-  r.whole = r.alike && r.part.sequence.seqlen_q == r.seqlen_q && r.part.sequence.seqlen_k == r.seqlen_k;
   r.accumulate = p.accumulate;
   r.block_m = c.block_m;
   r.block_n = c.block_n();

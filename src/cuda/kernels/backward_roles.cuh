@@ -45,7 +45,7 @@ struct KeyRole : KeyGradients<C> {
   }
   // Of the step before.
   __device__ __forceinline__ void hand_back(tile::Barrier (&empty)[C.stages], bool any) {
-    empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader && any);
+    empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(any);
   }
   // All works, and all query heads of a group, whose steps are the same.
   template <class Role>
@@ -110,7 +110,7 @@ struct ScoreRole : KeyRole<C> {
       Base::read_rows(0);
       ptx::wgmma_wait<1>();  // dV of the step before
       tile::hold(p);
-      Base::hand_back(shared.do_empty, m > begin);
+      Base::hand_back(shared.do_empty, leader && m > begin);
       ptx::wgmma_wait<0>();  // S
       tile::hold(s);
       Base::probabilities(head, m, m < full_begin || m >= full_end);
@@ -127,7 +127,7 @@ struct ScoreRole : KeyRole<C> {
     ptx::wgmma_wait<0>();
     tile::hold(p);
     dv.hold();
-    Base::hand_back(shared.do_empty, true);
+    Base::hand_back(shared.do_empty, leader);
   }
   __device__ __forceinline__ void clear() { dv.clear(); }
   __device__ __forceinline__ void write() { Base::template write<dv.kParts>(dv.of, 1, params.dv, 1, params.head_dim_v); }
@@ -164,7 +164,7 @@ struct ScoreGradientRole : KeyRole<C> {
       if constexpr (Base::kPairs) tile::hold(rounded);  // before the wait
       ptx::wgmma_wait<0>();                             // dK of the step before
       tile::hold(p);
-      Base::hand_back(shared.q_empty, m > begin);
+      Base::hand_back(shared.q_empty, m > begin);  // every lane, for the rows that it has read
       take_p();
       Base::score_gradients(s, rounded);
       tile::hold(p);
@@ -198,10 +198,16 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 3) {
     ptx::give_registers<kLoaderRegisters>();
-    if (threadIdx.x % 128 == 0) Loader<C>{{params, shared}}.run_q();
-    if (threadIdx.x % 128 == 32) Loader<C>{{params, shared}}.run_do();
-    if (threadIdx.x % 128 == 64 && params.deterministic) Turns<C>{{params, shared}}.run();
-    if (threadIdx.x % 128 >= 96) Claimer<C>{params, shared}.run();
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    if (params.deterministic) {
+      if (thread == 0) Loader<C>{{params, shared}}.template run<true, true>();
+      if (thread == 32) Turns<C>{{params, shared}}.template run<true>();
+      if (thread == 64) Turns<C>{{params, shared}}.template run<false>();
+    } else {
+      if (thread == 0) Loader<C>{{params, shared}}.template run<true, false>();
+      if (thread == 32) Loader<C>{{params, shared}}.template run<false, true>();
+    }
+    if (thread >= 96) Claimer<C>{params, shared}.run();
   } else if (warpgroup == 0) {
     ptx::give_registers<C.dq_registers>();
     QueryGradients<C>{{params, shared}}.run();

@@ -30,7 +30,7 @@ struct BackwardShared {
   tile::Barrier sums_free, sums_added, share_ready, share_written;  // for each claim: may it be done, has it been
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
   tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
-  tile::Barrier my_turn, added;                      // where the order of additions to dq matters: see Turns
+  tile::Barrier my_turn, added, told;                // where the order of additions to dq matters: see Turns
   tile::Barrier ds_full[kSlots][C.key_tiles()], ds_empty[kSlots][C.key_tiles()];
 
   // Columns that are not there.
@@ -51,7 +51,8 @@ struct BackwardShared {
   __device__ __forceinline__ void init_barriers(bool deterministic) {
     for (int i = 0; i < 2; ++i) {
       work_full[i].init(32);
-      work_empty[i].init(128 * (C.mains + 1) + (C.roles ? 2 : 1) + (deterministic ? 1 : 0));  // warpgroups, loading threads, turns
+      // The warpgroups, and one thread that loads (of roles two) or the same and two that watch turns.
+      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 3 : C.roles ? 2 : 1));
     }
     claim_next.init(1);
     keys_empty.init(4 + 128 * C.mains);  // dq's warps have used k for the last time, all main threads have seen k and v come
@@ -64,12 +65,13 @@ struct BackwardShared {
     for (int i = 0; i < C.stages; ++i) {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
-      q_empty[i].init(C.roles ? 4 : 4 * C.mains);  // warps of the main warpgroups; of roles, of the one that is last
+      q_empty[i].init(C.roles ? 128 : 4 * C.mains);  // warps of the main warpgroups; of roles, threads of the one that is last
       do_empty[i].init(4 * C.mains);
     }
     for (int i = 0; i < kSlots; ++i) p_full[i].init(128);
     my_turn.init(1);
     added.init(4);
+    told.init(1);
     for (int i = 0; i < kSlots; ++i)
       for (int j = 0; j < C.key_tiles(); ++j) {
         ds_full[i][j].init(C.roles ? 128 : 4);
@@ -138,7 +140,8 @@ struct Claimer {
       }
       if (any) parity ^= 1;
       shared.work_full[count % 2].arrive();  // every lane, for what it has written
-      const int unit_before = claim < params.works ? unit_block(params, claim).unit - params.ring : -1;
+      __syncwarp();
+      const int unit_before = claim < params.works ? work.unit - params.ring : -1;
       const bool free = __all_sync(0xffffffff, is_free(unit_before)), ready = __all_sync(0xffffffff, is_summed(claim));
       // Not before all have passed the phase before, or two phases could pass unseen.
       if (count > 0) shared.sums_added.wait(phase);
@@ -165,8 +168,8 @@ struct Claimer {
   }
 };
 
-// One thread: each work's block of keys, then every step's queries with their rows. Of roles two threads: q and do come and go at their
-// own times.
+// One thread: each work's block of keys, then every step's queries with their rows. Of roles two threads, but where turns take one: q and
+// do come and go at their own times.
 template <BackwardConfig C>
 struct Loader : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
@@ -217,54 +220,42 @@ struct Loader : Claims<C> {
                                rows + tile_index<C>(params, work(), head, m) * shared.kRowBytes, sizeof(shared.rows[at.stage]),
                                &shared.q_full[at.stage].state);
   }
+  // What belongs to q with kQ, to do with kDo.
+  template <bool kQ, bool kDo>
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
-      if (begin()) load_k(), load_v();
-      if (left < kClaimAhead) shared.claim_next.arrive();
-#pragma unroll 1
-      for (; more(); next()) {
-        if (left == kClaimAhead) shared.claim_next.arrive();
-        shared.q_empty[at.stage].wait(at.parity ^ 1);
-        load_q();
-        load_do();
-        load_rows();
+      if (begin()) {
+        if (kQ) load_k();
+        if (kDo) load_v();
       }
-    }
-  }
-  __device__ __forceinline__ void run_q() {
-#pragma unroll 1
-    for (; this->enter(); this->leave()) {
-      if (begin()) load_k();
-      if (left < kClaimAhead) shared.claim_next.arrive();
+      if (kQ && left < kClaimAhead) shared.claim_next.arrive();
 #pragma unroll 1
       for (; more(); next()) {
-        if (left == kClaimAhead) shared.claim_next.arrive();
-        shared.q_empty[at.stage].wait(at.parity ^ 1);
-        load_q();
-        load_rows();
-      }
-    }
-  }
-  __device__ __forceinline__ void run_do() {
-#pragma unroll 1
-    for (; this->enter(); this->leave()) {
-      if (begin()) load_v();
-#pragma unroll 1
-      for (; more(); next()) {
-        shared.do_empty[at.stage].wait(at.parity ^ 1);
-        load_do();
+        if (kQ && left == kClaimAhead) shared.claim_next.arrive();
+        if (C.roles && kDo) {  // before q, whose place is free later
+          shared.do_empty[at.stage].wait(at.parity ^ 1);
+          load_do();
+        }
+        if (kQ) {
+          shared.q_empty[at.stage].wait(at.parity ^ 1);
+          load_q();
+          if (!C.roles) load_do();
+          load_rows();
+        }
       }
     }
   }
 };
 
-// One thread, where the order of additions to dq matters: tells the dq warpgroup when a step's turn has come, and the next block of keys
-// when the additions have been made. So nobody waits for the way to global memory and back, which takes longer than the additions.
+// Two threads, where the order of additions to dq matters: one watches for each step's turn and tells the dq warpgroup, the other tells the
+// next block of keys when the additions have been made. So nobody waits for the way to global memory and back, which takes longer than the
+// additions; one thread for both ways was what blocks of 128 keys waited for.
 template <BackwardConfig C>
 struct Turns : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
 
+  template <bool kWatch>
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
 #pragma unroll 1
@@ -274,11 +265,16 @@ struct Turns : Claims<C> {
 #pragma unroll 1
         for (int m = work().all.begin; m < work().all.end; ++m, parity ^= 1) {
           int* turn = params.turn + tile_index<C>(params, work(), head, m);
-          const int mine = turn_of(work().part.band, m, work().n_block, C.block_m, C.block_n());
-          while (ptx::load_acquire(turn) != mine) __nanosleep(20);
-          shared.my_turn.arrive();
-          shared.added.wait(parity);
-          ptx::add_release(turn, 1);
+          if (kWatch) {
+            const int mine = turn_of(work().part.band, m, work().n_block, C.block_m, C.block_n());
+            while (ptx::load_acquire(turn) != mine) __nanosleep(20);
+            shared.told.wait(parity ^ 1);  // nobody has still to see the turn before, or that its additions have been made
+            shared.my_turn.arrive();
+          } else {
+            shared.added.wait(parity);
+            shared.told.arrive();
+            ptx::add_release(turn, 1);
+          }
         }
   }
 };

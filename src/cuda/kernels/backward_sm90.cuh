@@ -371,8 +371,9 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   ptx::launch_dependents();
   if (threadIdx.x >= 128 * (C.mains + 1)) {
     ptx::give_registers<kLoaderRegisters>();
-    if (threadIdx.x % 128 == 0) Loader<C>{{params, shared}}.run();
-    if (threadIdx.x % 128 == 32 && params.deterministic) Turns<C>{{params, shared}}.run();
+    if (threadIdx.x % 128 == 0) Loader<C>{{params, shared}}.template run<true, true>();
+    if (threadIdx.x % 128 == 32 && params.deterministic) Turns<C>{{params, shared}}.template run<true>();
+    if (threadIdx.x % 128 == 64 && params.deterministic) Turns<C>{{params, shared}}.template run<false>();
     if (threadIdx.x % 128 >= 96) Claimer<C>{params, shared}.run();
   } else if (threadIdx.x < 128) {
     ptx::give_registers<C.dq_registers>();

@@ -75,7 +75,6 @@ struct BackwardParams {
   float softcap_log2, tanh_factor;  // a score x becomes softcap_log2 * tanh, where e^(2 y) of tanh(y) is 2^(x * tanh_factor); 0: none
   bool top_left, deterministic;
   bool alike;  // all sequences are: `part` is what takes part of each, else it means nothing
-  bool whole;  // and that is all of it
   Trimmed part;
   bool accumulate;  // dq, dk and dv are float32 and are added to
   int block_m;      // of a step: each sequence has whole steps of tiles

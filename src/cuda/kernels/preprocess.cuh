@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kColumns))
     float4* sum = reinterpret_cast<float4*>(p.dq_sum + static_cast<long long>(index) * (kBlockM * head_dim));
     for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
   }
-  if (!p.whole && !p.accumulate) clear_keys(p, index);
+  const bool all_keys = p.alike && p.part.sequence.seqlen_k == p.seqlen_k;
+  if (!all_keys && !p.accumulate) clear_keys(p, index);
   if (at.batch < 0) return;
   const Trimmed part = trimmed_sequence(p, at.batch);
   const long long tiles = at.head * p.tiles + first_tile(p, whole.q_row, at.batch);
