@@ -16,8 +16,9 @@ struct QueryGradients : Claims<C> {
   uint32_t parity = 0;                     // of turns
   tile::Ring<kSlots> slot[C.key_tiles()];  // where the next ds of each 64 keys is
 
-  // The additions of one step.
-  __device__ __forceinline__ void add_step(int head, int m, const int (&begin)[C.key_tiles()], const int (&end)[C.key_tiles()], bool last) {
+  // The additions of one step, to this thread's sums from `sum` on.
+  __device__ __forceinline__ void add_step(float* sum, int m, const int (&begin)[C.key_tiles()], const int (&end)[C.key_tiles()],
+                                           bool last) {
     bool seen[C.key_tiles()];
     uint32_t a[C.key_tiles()];
 #pragma unroll
@@ -27,7 +28,6 @@ struct QueryGradients : Claims<C> {
       a[i] = tile::operand(shared.ds[slot[i].stage()][i].bytes, 16);
     }
     const bool all_seen = C.key_tiles() == 1 || (seen[0] && seen[C.key_tiles() - 1]);  // else one of two
-    float* sum = sum_of<C>(params, work(), head, m) + thread * 4;
 #pragma unroll
     for (int pass = 0; pass < C.tiles() * kPasses; ++pass) {
       const int tile = pass / kPasses, columns = pass % kPasses * kWidth;
@@ -75,17 +75,21 @@ struct QueryGradients : Claims<C> {
   }
 
   __device__ __forceinline__ void add_work() {
-    const int begin = ptx::uniform(work().all.begin), end = ptx::uniform(work().all.end);
+    const Walk walk = this->walk(work().all, true);
     int mine_begin[C.key_tiles()], mine_end[C.key_tiles()];
 #pragma unroll
     for (int i = 0; i < C.key_tiles(); ++i) {
       mine_begin[i] = ptx::uniform(work().mine[i].begin);
       mine_end[i] = ptx::uniform(work().mine[i].end);
     }
+    const int next = (walk.falling ? -1 : 1) * C.tiles() * kBlockM * C.head_dim;  // from a step's sums to the next step's
 #pragma unroll 1
-    for (int head = 0; head < params.group; ++head)
+    for (int head = 0; head < params.group; ++head) {
+      float* sum = sum_of<C>(params, work(), head, walk.step(walk.begin)) + thread * 4;
 #pragma unroll 1
-      for (int m = begin; m < end; ++m) add_step(head, m, mine_begin, mine_end, head + 1 == params.group && m + 1 == end);
+      for (int i = walk.begin; i < walk.end; ++i, sum += next)
+        add_step(sum, walk.step(i), mine_begin, mine_end, head + 1 == params.group && i + 1 == walk.end);
+    }
     ptx::barrier_sync(1, kThreads);
     if (thread == 0) ptx::add_release(&params.progress[work().unit].added, 1);
   }

@@ -61,14 +61,11 @@ struct KeyRole : KeyGradients<C> {
     const BackwardWork& work = role.work();
     role.clear_operands();
     role.clear();
-    const int begin = ptx::uniform(work.all.begin), end = ptx::uniform(work.all.end);
-    const bool whole = work.n_begin + 64 <= work.part.band.seqlen_k;  // else every step is at the edge
-    const int full_begin = ptx::uniform(work.all.full_begin), full_end = ptx::uniform(whole ? work.all.full_end : 0);
-    if (begin < end) {
+    const Walk walk = role.walk(work.all, work.n_begin + 64 <= work.part.band.seqlen_k);
+    if (walk.begin < walk.end) {
       keys_full.wait(work.parity);
       role.shared.keys_empty.arrive();
-      for (int head = 0; head < role.params.group; ++head)
-        role.run_head(work.head * role.params.group + head, begin, end, full_begin, full_end);
+      for (int head = 0; head < role.params.group; ++head) role.run_head(work.head * role.params.group + head, walk);
     }
     role.write();
   }
@@ -102,21 +99,21 @@ struct ScoreRole : KeyRole<C> {
     shared.do_full[rows.stage].wait(rows.parity);
     Base::add_product(dv, shared.do_[rows.stage]);
   }
-  __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
+  __device__ __forceinline__ void run_head(int head, const Walk& walk) {
     shared.q_full[rows.stage].wait(rows.parity);
     Base::issue_scores();
-    for (int m = begin;; ++m) {
+    for (int i = walk.begin;;) {
       Base::wait_for_slot();
       Base::read_rows(0);
       ptx::wgmma_wait<1>();  // dV of the step before
       tile::hold(p);
-      Base::hand_back(shared.do_empty, leader && m > begin);
+      Base::hand_back(shared.do_empty, leader && i > walk.begin);
       ptx::wgmma_wait<0>();  // S
       tile::hold(s);
-      Base::probabilities(head, m, m < full_begin || m >= full_end);
+      Base::probabilities(head, walk.step(i), walk.at_edge(i));
       Base::pack(s, p);
       pass_p();
-      if (m + 1 == end) break;
+      if (++i == walk.end) break;
       issue_dv();
       rows.advance();
       shared.q_full[rows.stage].wait(rows.parity);
@@ -149,29 +146,29 @@ struct ScoreGradientRole : KeyRole<C> {
     }
     __syncwarp();  // ds takes the place
   }
-  __device__ __forceinline__ void run_head(int, int begin, int end, int full_begin, int full_end) {
+  __device__ __forceinline__ void run_head(int, const Walk& walk) {
     Base::issue_dp();
     ptx::wgmma_wait<0>();  // from here on a product of dk is behind dP
-    for (int m = begin;; ++m) {
+    for (int i = walk.begin;;) {
       shared.q_full[rows.stage].wait(rows.parity);
       Base::read_rows(1);
       ptx::wgmma_wait<1>();  // dP
       tile::hold(s);
       shared.do_empty[rows.stage].arrive_if(leader);
       Base::subtract_delta(s);
-      if (m < full_begin || m >= full_end) Base::mask(s, m);  // 0 times what is not finite
+      if (walk.at_edge(i)) Base::mask(s, walk.step(i));  // 0 times what is not finite
       Base::pack(s, rounded);
       if constexpr (Base::kPairs) tile::hold(rounded);  // before the wait
       ptx::wgmma_wait<0>();                             // dK of the step before
       tile::hold(p);
-      Base::hand_back(shared.q_empty, m > begin);  // every lane, for the rows that it has read
+      Base::hand_back(shared.q_empty, i > walk.begin);  // every lane, for the rows that it has read
       take_p();
       Base::score_gradients(s, rounded);
       tile::hold(p);
       Base::store_ds();
       const int stage = rows.stage;
       rows.advance();
-      if (m + 1 == end) break;
+      if (++i == walk.end) break;
       Base::issue_dp();
       Base::add_product(dk, shared.q[stage]);
     }

@@ -89,6 +89,18 @@ struct Claims {
   tile::Ring<2> place;
 
   __device__ __forceinline__ const BackwardWork& work() const { return shared.work[place.stage()]; }
+  // Steps come from the last one on: all blocks of keys that see it begin there and read the same queries at the same time. Not of roles
+  // (measured), nor where the order of additions to dq matters: blocks that begin at different steps need not wait for one another.
+  __device__ __forceinline__ bool falling() const { return !C.roles && !params.deterministic; }
+  // Through a range of steps; `whole`: all keys of the block are there, else every step is at the edge. Its values are known to be the same
+  // in all lanes.
+  __device__ __forceinline__ Walk walk(const BlockRange& range, bool whole) const {
+    const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
+    const int full_begin = ptx::uniform(range.full_begin), full_end = ptx::uniform(whole ? range.full_end : range.full_begin);
+    const int both = begin + end;
+    if (falling()) return {true, begin, end, both - 1, both - full_end, both - full_begin};
+    return {false, begin, end, 0, full_begin, full_end};
+  }
   // Waits for the present one; false: it is past the last.
   __device__ __forceinline__ bool enter() {
     shared.work_full[place.stage()].wait(place.parity());
@@ -134,12 +146,10 @@ struct Claimer {
       claim = ptx::uniform(claim);
       shared.work_empty[count % 2].wait(count / 2 % 2 ^ 1);
       const bool any = find_work<C>(params, work, claim);
-      if (leader) {
-        work.parity = parity;
-        find_share(params, work.share, claim - params.lag);
-      }
+      if (leader) work.parity = parity;
       if (any) parity ^= 1;
-      shared.work_full[count % 2].arrive();  // every lane, for what it has written
+      shared.work_full[count % 2].arrive();                            // every lane, for what it has written
+      if (leader) find_share(params, work.share, claim - params.lag);  // nobody reads it before share_ready
       __syncwarp();
       const int unit_before = claim < params.works ? work.unit - params.ring : -1;
       const bool free = __all_sync(0xffffffff, is_free(unit_before)), ready = __all_sync(0xffffffff, is_summed(claim));
@@ -178,15 +188,17 @@ struct Loader : Claims<C> {
   static constexpr int kClaimAhead = 4;  // when that few steps are left to load, the next work is claimed
 
   __device__ __forceinline__ bool more() const { return left > 0; }
+  __device__ __forceinline__ int first() const { return this->falling() ? work().all.end - 1 : work().all.begin; }
   __device__ __forceinline__ void next() {
     at.advance();
-    if (++m == work().all.end) m = work().all.begin, ++head;
+    m += this->falling() ? -1 : 1;
+    if (m < work().all.begin || m >= work().all.end) m = first(), ++head;
     --left;
   }
   // False: no query sees the keys.
   __device__ __forceinline__ bool begin() {
-    head = 0, m = work().all.begin;
-    left = params.group * (work().all.end - m);
+    head = 0, m = first();
+    left = params.group * (work().all.end - work().all.begin);
     if (more()) shared.keys_empty.wait(work().parity ^ 1);
     return more();
   }

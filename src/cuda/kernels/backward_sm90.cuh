@@ -240,14 +240,13 @@ struct KeyGradients : Claims<C> {
   // Whether ds is stored before the next scores are issued. With addends the other order loses 8 % at d128 and 5 % at d64.
   static constexpr bool kStoreFirst = C.addends;
   // The steps of one head that these keys see. The loop turns where no product is in flight, or ptxas serialises all of them.
-  __device__ __forceinline__ void run_head(int head, int begin, int end, int full_begin, int full_end) {
-    const auto at_edge = [&](int m) { return m < full_begin || m >= full_end; };
+  __device__ __forceinline__ void run_head(int head, const Walk& walk) {
     shared.q_full[rows.stage].wait(rows.parity);
     issue_scores();
     ptx::wgmma_wait<0>();  // from here on a product of dk is behind the scores
-    differences(head, begin, true, at_edge(begin));
+    differences(head, walk.step(walk.begin), true, walk.at_edge(walk.begin));
 #pragma unroll 1
-    for (int m = begin + 1; m < end; ++m) {
+    for (int i = walk.begin + 1; i < walk.end; ++i) {
       score_gradients(s, rounded);
       tile::hold(p);
       const int stage = rows.stage;
@@ -257,7 +256,7 @@ struct KeyGradients : Claims<C> {
       issue_scores();
       if constexpr (!kStoreFirst) store_ds();
       add_product(dk, p, shared.q[stage]);
-      differences(head, m, false, at_edge(m));
+      differences(head, walk.step(i), false, walk.at_edge(i));
     }
     score_gradients(s, rounded);
     tile::hold(p);
@@ -313,24 +312,23 @@ struct KeyGradients : Claims<C> {
     clear_operands();
 #pragma unroll
     for (int i = 0; i < C.head_dim / 2; ++i) dk[i] = dv[i] = 0;
-    const BlockRange& range = work().mine[keys];
-    const int all_begin = ptx::uniform(work().all.begin), all_end = ptx::uniform(work().all.end);
-    const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
-    const bool whole = work().n_begin + 64 * keys + 64 <= work().part.band.seqlen_k;  // else every step is at the edge
-    const int full_begin = ptx::uniform(range.full_begin), full_end = ptx::uniform(whole ? range.full_end : 0);
-    if (all_begin < all_end) {
+    const BlockRange &all = work().all, &range = work().mine[keys];
+    const int all_steps = ptx::uniform(all.end - all.begin);
+    const int before = ptx::uniform(this->falling() ? all.end - range.end : range.begin - all.begin);
+    const Walk walk = this->walk(range, work().n_begin + 64 * keys + 64 <= work().part.band.seqlen_k);
+    if (all_steps > 0) {
       shared.k_full.wait(work().parity);
       shared.v_full.wait(work().parity);
       shared.keys_empty.arrive();  // every lane, for what it has seen come: two phases must not pass unseen
     }
     for (int head = 0; head < params.group; ++head) {
-      if (begin == end) {
-        skip(all_end - all_begin);
+      if (walk.begin == walk.end) {
+        skip(all_steps);
         continue;
       }
-      skip(begin - all_begin);
-      run_head(work().head * params.group + head, begin, end, full_begin, full_end);
-      skip(all_end - end);
+      skip(before);
+      run_head(work().head * params.group + head, walk);
+      skip(all_steps - before - (walk.end - walk.begin));
     }
     write<1>(&dv, 1, params.dv, 1, params.head_dim_v);
   }

@@ -97,6 +97,15 @@ struct BackwardWork {
   ShareWork share;
 };
 
+// A way through steps: i from begin to end stands for step i, or for last - i where they fall; between full_begin and full_end all pairs
+// are visible.
+struct Walk {
+  bool falling;
+  int begin, end, last, full_begin, full_end;
+  __device__ __forceinline__ int step(int i) const { return falling ? last - i : i; }
+  __device__ __forceinline__ bool at_edge(int i) const { return i < full_begin || i >= full_end; }
+};
+
 // The place of a step's first tile in the workspace, and of its sums.
 template <BackwardConfig C>
 __device__ __forceinline__ long long tile_index(const BackwardParams& params, const BackwardWork& work, int head, int m) {
@@ -107,8 +116,8 @@ __device__ __forceinline__ float* sum_of(const BackwardParams& params, const Bac
   return params.dq_sum + static_cast<long long>(work.first_sum + head * params.q_tiles + m * C.tiles()) * (kBlockM * C.head_dim);
 }
 
-// Finds what to do for a claim, by one warp. Long blocks come first under a causal mask; where the order of additions to dq matters, blocks
-// come falling, so that whoever is waited for has begun before. Each value is written by one lane. True: there are steps.
+// Finds what to do for a claim, by one warp. Each value is written by one lane. True: there are steps. Long blocks come first under a
+// causal mask; where the order of additions to dq matters, blocks come falling, so that whoever is waited for has begun before.
 template <BackwardConfig C>
 __device__ __forceinline__ bool find_work(const BackwardParams& params, BackwardWork& work, int claim) {
   static_assert(C.key_tiles() <= BackwardWork::kMost);
