@@ -43,9 +43,9 @@ struct KeyRole : KeyGradients<C> {
                                               b + ((part * sum.kWidth / 64 * T::kPanelBytes + step * 2048) >> 4), 1);
     ptx::wgmma_commit();
   }
-  // Of the step before.
-  __device__ __forceinline__ void hand_back(tile::Barrier (&empty)[C.stages], bool any) {
-    empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(any);
+  // Of the step before, by the lanes that shall.
+  __device__ __forceinline__ void hand_back(tile::Barrier (&empty)[C.stages], bool mine) {
+    empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(mine);
   }
   // All works, and all query heads of a group, whose steps are the same.
   template <class Role>

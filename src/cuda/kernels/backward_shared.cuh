@@ -1,4 +1,4 @@
-// What the warpgroups of the backward kernel share, and the warps that serve them: one claims works, one loads, one watches turns.
+// What the warpgroups of the backward kernel share, and the warps that serve them: one claims works, others load and watch turns.
 #pragma once
 
 #include "cuda/kernels/gradient_work.cuh"
@@ -51,7 +51,7 @@ struct BackwardShared {
   __device__ __forceinline__ void init_barriers(bool deterministic) {
     for (int i = 0; i < 2; ++i) {
       work_full[i].init(32);
-      // The warpgroups, and one thread that loads (of roles two) or the same and two that watch turns.
+      // The warpgroups, and a thread that loads (of roles two); deterministic: one that loads, one that watches turns, one that tells them.
       work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 3 : C.roles ? 2 : 1));
     }
     claim_next.init(1);
@@ -98,8 +98,9 @@ struct Claims {
     const int begin = ptx::uniform(range.begin), end = ptx::uniform(range.end);
     const int full_begin = ptx::uniform(range.full_begin), full_end = ptx::uniform(whole ? range.full_end : range.full_begin);
     const int both = begin + end;
-    if (falling()) return {true, begin, end, both - 1, both - full_end, both - full_begin};
-    return {false, begin, end, 0, full_begin, full_end};
+    if (falling())
+      return {.falling = true, .begin = begin, .end = end, .last = both - 1, .full_begin = both - full_end, .full_end = both - full_begin};
+    return {.falling = false, .begin = begin, .end = end, .last = 0, .full_begin = full_begin, .full_end = full_end};
   }
   // Waits for the present one; false: it is past the last.
   __device__ __forceinline__ bool enter() {
@@ -262,7 +263,8 @@ struct Loader : Claims<C> {
 
 // Two threads, where the order of additions to dq matters: one watches for each step's turn and tells the dq warpgroup, the other tells the
 // next block of keys when the additions have been made. So nobody waits for the way to global memory and back, which takes longer than the
-// additions; one thread for both ways was what blocks of 128 keys waited for.
+// additions: one thread for both ways was what everything waited for. A turn is told to the dq warpgroup when the additions before it have
+// been seen by who tells, so that no barrier can be two phases ahead of anyone.
 template <BackwardConfig C>
 struct Turns : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
