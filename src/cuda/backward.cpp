@@ -57,9 +57,9 @@ struct Counts {
     const int64_t margin = (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0);
     shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
     // Deterministic blocks of a unit wait for one another: CTAs that claim at the same time should get blocks of different units, and where
-    // blocks are equal, of twice as many as there need to be (measured). Of blocks
-    // of different length the longest come first, those of several units together, so that the very last ones are short. With few blocks
-    // to a unit, short works are better mixed with long ones until the end (measured with 8; a model says that with 32 they are not).
+    // blocks are equal, of twice as many as there need to be (measured). Of blocks of different length the longest come first, those of
+    // several units together, so that the very last ones are short. With few blocks to a unit, short works are better mixed with long ones
+    // until the end (measured with 8; a model says that with 32 they are not).
     const bool alternate = rounds && (p.deterministic || uneven), at_end = alternate && !p.deterministic && 5 * k_blocks <= sms;
     interleave = !alternate ? 1
                  : at_end   ? std::min(units, margin / k_blocks + 1)

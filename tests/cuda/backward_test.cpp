@@ -106,6 +106,7 @@ TEST_F(Backward, SumsAreUsedAgain) {
                            "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16",
                            "bwd b20 q20 k700 h8 d128 bf16", "bwd b30 q140 h20 d64 bf16 causal", "bwd b20 q140 h10 d192 bf16 causal",
                            "bwd q300 k3500 h6 d64 bf16 causal",  // works of several units alternate: of the last ones, of all
+                           "bwd b40 q20 k400 h8 d128 bf16", "bwd b60 q20 k130 h8 d256 bf16",  // deterministic works take the longest ring
                            "bwd b11 q100 h12 d128 bf16", "bwd b7 q100 h19 d128 bf16"})  // as many works as an H100 has SMs, and one more
     for (const char* order : {"", " deterministic", " accumulate"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 8, Layout::kBshd));
 }
