@@ -13,8 +13,8 @@ struct QueryGradients : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
   static constexpr int kWidth = C.dq_columns, kPasses = C.head_dim / kWidth, kThreads = 128;
   const int thread = static_cast<int>(threadIdx.x) % kThreads;
-  uint32_t parity = 0;                     // of turns
-  tile::Ring<kSlots> slot[C.key_tiles()];  // where the next ds of each 64 keys is
+  uint32_t parity = 0;      // of turns
+  tile::Ring<kSlots> slot;  // where the next ds is
 
   // The additions of one step, to this thread's sums from `sum` on.
   __device__ __forceinline__ void add_step(float* sum, int m, const int (&begin)[C.key_tiles()], const int (&end)[C.key_tiles()],
@@ -24,8 +24,8 @@ struct QueryGradients : Claims<C> {
 #pragma unroll
     for (int i = 0; i < C.key_tiles(); ++i) {
       seen[i] = m >= begin[i] && m < end[i];
-      if (seen[i]) shared.ds_full[slot[i].stage()][i].wait(slot[i].parity());
-      a[i] = tile::operand(shared.ds[slot[i].stage()][i].bytes, 16);
+      shared.ds_full[slot.stage()][i].wait(slot.parity());
+      a[i] = tile::operand(shared.ds[slot.stage()][i].bytes, 16);
     }
     const bool all_seen = C.key_tiles() == 1 || (seen[0] && seen[C.key_tiles() - 1]);  // else one of two
 #pragma unroll
@@ -58,10 +58,8 @@ struct QueryGradients : Claims<C> {
       if (pass + 1 == C.tiles() * kPasses) {
         shared.keys_empty.arrive_if(last && thread % 32 == 0);  // with the last ds, nobody needs k or v any more
 #pragma unroll
-        for (int i = 0; i < C.key_tiles(); ++i) {
-          shared.ds_empty[slot[i].stage()][i].arrive_if(seen[i] && thread % 32 == 0);
-          if (seen[i]) slot[i].advance();
-        }
+        for (int i = 0; i < C.key_tiles(); ++i) shared.ds_empty[slot.stage()][i].arrive_if(thread % 32 == 0);
+        slot.advance();
       }
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j) {

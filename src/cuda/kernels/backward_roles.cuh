@@ -127,7 +127,7 @@ struct ScoreRole : KeyRole<C> {
     Base::hand_back(shared.do_empty, leader);
   }
   __device__ __forceinline__ void clear() { dv.clear(); }
-  __device__ __forceinline__ void write() { Base::template write<dv.kParts>(dv.of, 1, params.dv, 1, params.head_dim_v); }
+  __device__ __forceinline__ void write() { Base::template write<dv.kParts>(Base::key_rows(), dv.of, 1, params.dv, 1, params.head_dim_v); }
 };
 
 // dP, ds and dk. Between having ds and passing it on nothing is waited for either.
@@ -179,7 +179,9 @@ struct ScoreGradientRole : KeyRole<C> {
     Base::hand_back(shared.q_empty, true);
   }
   __device__ __forceinline__ void clear() { dk.clear(); }
-  __device__ __forceinline__ void write() { Base::template write<dk.kParts>(dk.of, 0, params.dk, params.scale, params.head_dim); }
+  __device__ __forceinline__ void write() {
+    Base::template write<dk.kParts>(Base::key_rows(), dk.of, 0, params.dk, params.scale, params.head_dim);
+  }
 };
 
 template <class Row>
@@ -197,12 +199,12 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
     ptx::give_registers<kLoaderRegisters>();
     const int thread = static_cast<int>(threadIdx.x) % 128;
     if (params.deterministic) {
-      if (thread == 0) Loader<C>{{params, shared}}.template run<true, true>();
+      if (thread < 32) Loader<C>{{params, shared}}.template run<true, true>();
       if (thread == 32) Turns<C>{{params, shared}}.template run<true>();
       if (thread == 64) Turns<C>{{params, shared}}.template run<false>();
     } else {
-      if (thread == 0) Loader<C>{{params, shared}}.template run<true, false>();
-      if (thread == 32) Loader<C>{{params, shared}}.template run<false, true>();
+      if (thread < 32) Loader<C>{{params, shared}}.template run<true, false>();
+      if (thread >= 32 && thread < 64) Loader<C>{{params, shared}}.template run<false, true>();
     }
     if (thread >= 96) Claimer<C>{params, shared}.run();
   } else if (warpgroup == 0) {

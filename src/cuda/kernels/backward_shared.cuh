@@ -10,7 +10,7 @@
 
 namespace tilewise {
 
-constexpr int kLoaderRegisters = 24;
+constexpr int kLoaderRegisters = 32;
 constexpr int kSlots = 2;  // tiles of ds on their way to the dq warpgroup
 
 template <BackwardConfig C>
@@ -51,8 +51,8 @@ struct BackwardShared {
   __device__ __forceinline__ void init_barriers(bool deterministic) {
     for (int i = 0; i < 2; ++i) {
       work_full[i].init(32);
-      // The warpgroups, and a thread that loads (of roles two); deterministic: one that loads, one that watches turns, one that tells them.
-      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 3 : C.roles ? 2 : 1));
+      // The warpgroups, and a warp that loads (of roles two); deterministic: one that loads, threads that watch turns and tell them.
+      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 34 : C.roles ? 64 : 32));
     }
     claim_next.init(1);
     keys_empty.init(4 + 128 * C.mains);  // dq's warps have used k for the last time, all main threads have seen k and v come
@@ -179,82 +179,79 @@ struct Claimer {
   }
 };
 
-// One thread: each work's block of keys, then every step's queries with their rows. Of roles two threads, but where turns take one: q and
-// do come and go at their own times.
+// One warp: each work's block of keys, then every step's queries with their rows. Of roles two warps, but where turns take one: q and do
+// come and go at their own times. What a work says is read once: behind additions to dq each read of shared memory takes hundreds of
+// clocks.
 template <BackwardConfig C>
 struct Loader : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
-  int head, m, left;  // the present step, and how many there are from it on
   tile::Cycle<C.stages> at;
+  const bool leader = threadIdx.x % 32 == 0;
   static constexpr int kClaimAhead = 4;  // when that few steps are left to load, the next work is claimed
 
-  __device__ __forceinline__ bool more() const { return left > 0; }
-  __device__ __forceinline__ int first() const { return this->falling() ? work().all.end - 1 : work().all.begin; }
-  __device__ __forceinline__ void next() {
-    at.advance();
-    m += this->falling() ? -1 : 1;
-    if (m < work().all.begin || m >= work().all.end) m = first(), ++head;
-    --left;
-  }
-  // False: no query sees the keys.
-  __device__ __forceinline__ bool begin() {
-    head = 0, m = first();
-    left = params.group * (work().all.end - work().all.begin);
-    if (more()) shared.keys_empty.wait(work().parity ^ 1);
-    return more();
+  // Rows of one sequence.
+  struct Rows {
+    int first, count, batch;
+  };
+  static __device__ __forceinline__ Rows make_rows(long long first, int count, int batch, bool packed) {
+    return {ptx::uniform(static_cast<int>(first)), ptx::uniform(count), packed ? 0 : ptx::uniform(batch)};
   }
   template <class T>
-  __device__ __forceinline__ void load_keys(T (&to)[C.key_tiles()], const CUtensorMap& map, tile::Barrier& full, int columns) {
-    const Sequence& sequence = work().part.sequence;
-#pragma unroll 1
-    for (int i = 0; i < C.key_tiles(); ++i) {
-      const int row = work().n_begin + 64 * i;
-      tile::load_rows(to[i], &map, full, sequence.k_row + row, sequence.seqlen_k - row, work().head, params.cu_seqlens_k ? 0 : work().batch,
-                      columns);
-    }
+  static __device__ __forceinline__ void load(T& to, const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int row, int head,
+                                              int columns) {
+    tile::load_rows(to, &map, full, rows.first + row, rows.count - row, head, rows.batch, columns);
   }
   template <class T>
-  __device__ __forceinline__ void load_queries(T& to, const CUtensorMap& map, tile::Barrier& full, int columns) {
-    const Sequence& sequence = work().part.sequence;
-    const int row = m * C.block_m;
-    tile::load_rows(to, &map, full, sequence.q_row + row, sequence.seqlen_q - row, work().head * params.group + head,
-                    params.cu_seqlens_q ? 0 : work().batch, columns);
-  }
-  __device__ __forceinline__ void load_k() { load_keys(shared.k, params.k_map, shared.k_full, params.head_dim); }
-  __device__ __forceinline__ void load_v() { load_keys(shared.v, params.v_map, shared.v_full, params.head_dim_v); }
-  __device__ __forceinline__ void load_do() {
-    load_queries(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], params.head_dim_v);
-  }
-  __device__ __forceinline__ void load_q() { load_queries(shared.q[at.stage], params.q_map, shared.q_full[at.stage], params.head_dim); }
-  __device__ __forceinline__ void load_rows() {
-    shared.q_full[at.stage].arrive_and_expect(sizeof(shared.rows[at.stage]));
-    const auto* rows = C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows);
-    ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
-                               rows + tile_index<C>(params, work(), head, m) * shared.kRowBytes, sizeof(shared.rows[at.stage]),
-                               &shared.q_full[at.stage].state);
+  __device__ __forceinline__ void load_keys(T (&to)[C.key_tiles()], const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int head,
+                                            int columns) {
+    const int begin = ptx::uniform(work().n_begin);
+    if (!ptx::elect()) return;
+#pragma unroll
+    for (int i = 0; i < C.key_tiles(); ++i) load(to[i], map, full, rows, begin + 64 * i, head, columns);
   }
   // What belongs to q with kQ, to do with kDo.
   template <bool kQ, bool kDo>
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
-      if (begin()) {
-        if (kQ) load_k();
-        if (kDo) load_v();
+      const Walk walk = this->walk(work().all, true);
+      const Sequence& sequence = work().part.sequence;
+      const Rows queries = make_rows(sequence.q_row, sequence.seqlen_q, work().batch, params.cu_seqlens_q != nullptr);
+      const int kv_head = ptx::uniform(work().head);
+      int left = params.group * (walk.end - walk.begin);
+      if (left > 0) {
+        const Rows keys = make_rows(sequence.k_row, sequence.seqlen_k, work().batch, params.cu_seqlens_k != nullptr);
+        shared.keys_empty.wait(ptx::uniform(work().parity) ^ 1);
+        if constexpr (kQ) load_keys(shared.k, params.k_map, shared.k_full, keys, kv_head, params.head_dim);
+        if constexpr (kDo) load_keys(shared.v, params.v_map, shared.v_full, keys, kv_head, params.head_dim_v);
       }
-      if (kQ && left < kClaimAhead) shared.claim_next.arrive();
+      if constexpr (kQ) shared.claim_next.arrive_if(leader && left < kClaimAhead);
 #pragma unroll 1
-      for (; more(); next()) {
-        if (kQ && left == kClaimAhead) shared.claim_next.arrive();
-        if (C.roles && kDo) {  // before q, whose place is free later
-          shared.do_empty[at.stage].wait(at.parity ^ 1);
-          load_do();
-        }
-        if (kQ) {
-          shared.q_empty[at.stage].wait(at.parity ^ 1);
-          load_q();
-          if (!C.roles) load_do();
-          load_rows();
+      for (int head = kv_head * params.group; left > 0; ++head) {
+        const unsigned char* rows = (C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows)) +
+                                    (head * params.tiles + work().first_tile) * shared.kRowBytes;
+#pragma unroll 1
+        for (int i = walk.begin; i < walk.end; ++i, --left, at.advance()) {
+          const int m = walk.step(i), row = m * C.block_m;
+          if constexpr (kQ) shared.claim_next.arrive_if(leader && left == kClaimAhead);
+          const auto load_do = [&] {
+            load(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], queries, row, head, params.head_dim_v);
+          };
+          if constexpr (C.roles && kDo) {  // before q, whose place is free later
+            shared.do_empty[at.stage].wait(at.parity ^ 1);
+            if (ptx::elect()) load_do();
+          }
+          if constexpr (kQ) {
+            tile::Barrier& full = shared.q_full[at.stage];
+            shared.q_empty[at.stage].wait(at.parity ^ 1);
+            if (ptx::elect()) {
+              load(shared.q[at.stage], params.q_map, full, queries, row, head, params.head_dim);
+              if constexpr (!C.roles) load_do();
+              full.arrive_and_expect(sizeof(shared.rows[0]));
+              ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
+                                         rows + m * static_cast<int>(sizeof(shared.rows[0])), sizeof(shared.rows[0]), &full.state);
+            }
+          }
         }
       }
     }

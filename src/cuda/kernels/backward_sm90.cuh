@@ -200,7 +200,12 @@ struct KeyGradients : Claims<C> {
     for (; count > 0; --count, rows.advance()) {
       shared.q_full[rows.stage].wait(rows.parity);
       shared.do_full[rows.stage].wait(rows.parity);
-      if (leader) shared.q_empty[rows.stage].arrive();
+      wait_for_slot();
+      if (leader) {
+        shared.ds_full[slot.stage()][keys].arrive();  // the dq warpgroup knows that there is nothing in it
+        shared.q_empty[rows.stage].arrive();
+      }
+      slot.advance();
     }
   }
 
@@ -270,14 +275,22 @@ struct KeyGradients : Claims<C> {
     rows.advance();
   }
 
+  // Where these keys' rows of dk and dv are: what a work says of it, read at once.
+  struct KeyRows {
+    long long first;
+    int batch, head, valid;
+  };
+  __device__ __forceinline__ KeyRows key_rows() const {
+    const BackwardWork& work = this->work();
+    const int begin = work.n_begin + 64 * keys;
+    return {work.part.sequence.k_row + begin, work.batch, work.head, work.part.band.seqlen_k - begin};
+  }
   // A gradient of these keys, dk (which 0) or dv (1), in kParts runs of columns. Rows that are not finite are told to the postprocess
   // kernel (gradient_rows.cuh), and left to it where they would be added.
   template <int kParts, int kCount>
-  __device__ __forceinline__ void write(const float (*sum)[kCount], int which, const Elements& to, float factor, int columns) {
-    const BackwardWork& work = this->work();
-    const int thread = ptx::thread_anew(), warp = thread / 32 % 4;
-    const int key = work.n_begin + 64 * keys + tile::lane_of(thread).row;
-    SpoiltKeys& spoilt = params.spoilt_keys[work.head * params.key_tiles + work.first_key_tile + work.n_begin / 64 + keys];
+  __device__ __forceinline__ void write(const KeyRows& at, const float (*sum)[kCount], int which, const Elements& to, float factor,
+                                        int columns) {
+    const int thread = ptx::thread_anew(), row = tile::lane_of(thread).row;
     float zero[2] = {0, 0};
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
@@ -290,13 +303,17 @@ struct KeyGradients : Claims<C> {
       if (!finite)
 #pragma unroll
         for (int part = 0; part < kParts; ++part) rows |= tile::infinite_rows(sum[part], r);
-      bool inside = key + 8 * r < work.part.band.seqlen_k;
-      if (rows && inside && thread % 32 == 0) spoilt.rows[which].of[warp][r] = rows, params.counters->spoilt = 1;
+      bool inside = row + 8 * r < at.valid;
+      if (rows && inside && thread % 32 == 0) {
+        const long long tile = at.head * params.key_tiles + work().first_key_tile + work().n_begin / 64 + keys;
+        params.spoilt_keys[tile].rows[which].of[thread / 32 % 4][r] = rows;
+        params.counters->spoilt = 1;
+      }
       if (params.accumulate && (rows >> thread % 32 & 1)) inside = false;
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
-        write_gradient<C.element>(params, sum[part], r, factor, inside, to, work.batch, work.part.sequence.k_row + key + 8 * r, work.head,
-                                  part * kCount * 2, columns, thread);
+        write_gradient<C.element>(params, sum[part], r, factor, inside, to, at.batch, at.first + row + 8 * r, at.head, part * kCount * 2,
+                                  columns, thread);
     }
   }
 
@@ -330,23 +347,27 @@ struct KeyGradients : Claims<C> {
       run_head(work().head * params.group + head, walk);
       skip(all_steps - before - (walk.end - walk.begin));
     }
-    write<1>(&dv, 1, params.dv, 1, params.head_dim_v);
   }
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
       const bool any = ptx::uniform(work().claim) < params.works;
-      if (any) run_work();
+      KeyRows at{};
+      if (any) {
+        run_work();
+        at = key_rows();
+        write<1>(at, &dv, 1, params.dv, 1, params.head_dim_v);
+      }
       write_share([&] {
-        if (any) write<1>(&dk, 0, params.dk, params.scale, params.head_dim);
+        if (any) write<1>(at, &dk, 0, params.dk, params.scale, params.head_dim);
       });
     }
   }
   // This warpgroup's part of the share of dq; `meanwhile`, which its loads take.
   template <class Work>
   __device__ __forceinline__ void write_share(const Work& meanwhile) {
-    Share<C> share{params, work().share, ptx::thread_anew() % 128, part};
     shared.share_ready.wait(this->place.stage());
+    Share<C> share{params, work().share, ptx::thread_anew() % 128, part};
     share.load();
     meanwhile();
     share.finish();
@@ -369,7 +390,7 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const
   ptx::launch_dependents();
   if (threadIdx.x >= 128 * (C.mains + 1)) {
     ptx::give_registers<kLoaderRegisters>();
-    if (threadIdx.x % 128 == 0) Loader<C>{{params, shared}}.template run<true, true>();
+    if (threadIdx.x % 128 < 32) Loader<C>{{params, shared}}.template run<true, true>();
     if (threadIdx.x % 128 == 32 && params.deterministic) Turns<C>{{params, shared}}.template run<true>();
     if (threadIdx.x % 128 == 64 && params.deterministic) Turns<C>{{params, shared}}.template run<false>();
     if (threadIdx.x % 128 >= 96) Claimer<C>{params, shared}.run();

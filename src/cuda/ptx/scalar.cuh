@@ -99,6 +99,13 @@ __device__ __forceinline__ int thread_anew() {
 // The same value, known to the compiler to be the same in all lanes: places of operands then live in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
+// True in one lane of a warp, all of which are here: what the copy engine is told by it needs no loop over lanes.
+__device__ __forceinline__ bool elect() {
+  uint32_t yes;
+  asm volatile("{\n.reg .pred chosen;\nelect.sync _|chosen, 0xffffffff;\nselp.u32 %0, 1, 0, chosen;\n}" : "=r"(yes));
+  return yes;
+}
+
 // Of each half the larger, or NaN where either is.
 template <Element kElement>
 __device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b) {

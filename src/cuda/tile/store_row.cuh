@@ -1,4 +1,4 @@
-// A row of accumulators straight to global memory, 16 bytes a thread, where there is no shared memory for a tile of results.
+// A row of accumulators straight to global memory, 8 bytes a thread, where there is no shared memory for a tile of results.
 #pragma once
 
 #include "cuda/ptx/scalar.cuh"
@@ -6,37 +6,19 @@
 
 namespace tilewise::tile {
 
-// The four threads of a row hold a 4 x 4 of 32-bit pairs: thread t has pair t of four runs of 8 columns. Afterwards it has run t whole.
-__device__ __forceinline__ void transpose4(uint32_t (&x)[4], int t) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = t & bit;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const int a = bit == 1 ? 2 * pair : pair, b = a + bit;
-      const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? x[a] : x[b], bit);
-      x[a] = upper ? received : x[a];
-      x[b] = upper ? x[b] : received;
-    }
-  }
-}
-
 // Writes row r (0 or 1) of this thread's fragment, times `factor`, as kElement. `row` points to the row's first column; null: not written.
-// What is written is the first to leave L2.
+// What is written is the first to leave L2. Two threads exchange pairs, so that each has 4 columns that lie together, and the four of a row
+// write 16: more exchanges for wider stores cost more than they save.
 template <ptx::Element kElement, int kCount>
 __device__ __forceinline__ void store_row(const float (&x)[kCount], int r, float factor, uint16_t* row, int columns, int thread) {
-  const int t = thread % 4;
+  const bool odd = thread % 2;
 #pragma unroll
-  for (int group = 0; group < kCount / 16; ++group) {
-    uint32_t run[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int i = 16 * group + 4 * j + 2 * r;
-      run[j] = ptx::pack<kElement>(x[i] * factor, x[i + 1] * factor);
-    }
-    transpose4(run, t);
-    const int column = 32 * group + 8 * t;
-    if (row && column < columns) __stcs(reinterpret_cast<uint4*>(row + column), make_uint4(run[0], run[1], run[2], run[3]));
+  for (int i = 2 * r; i < kCount; i += 8) {  // 16 columns
+    const uint32_t low = ptx::pack<kElement>(x[i] * factor, x[i + 1] * factor);
+    const uint32_t high = ptx::pack<kElement>(x[i + 4] * factor, x[i + 5] * factor);
+    const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? low : high, 1);
+    const int column = 2 * (i - 2 * r) + (odd ? 8 : 0) + thread % 4 / 2 * 4;
+    if (row && column < columns) __stcs(reinterpret_cast<uint2*>(row + column), odd ? make_uint2(other, high) : make_uint2(low, other));
   }
 }
 
