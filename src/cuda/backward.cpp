@@ -14,13 +14,14 @@ namespace tilewise::cuda {
 namespace {
 
 // The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
-constexpr int kRows = 24;
+constexpr int kRows = 36;
 const std::array<BackwardRow, kRows>& table() {
   static const std::array<BackwardRow, kRows> kTable = [] {
     std::array<BackwardRow, kRows> rows;
     auto next = rows.begin();
     for (const auto& shape : {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(),
-                              backward_rows<Backward192x128>(), backward_rows<Backward192>(), backward_rows<Backward256>()})
+                              backward_rows<Backward192x128Pair>(), backward_rows<Backward192x128>(), backward_rows<Backward192Pair>(),
+                              backward_rows<Backward192>(), backward_rows<Backward256Pair>(), backward_rows<Backward256>()})
       next = std::copy(shape.begin(), shape.end(), next);
     return rows;
   }();
@@ -31,6 +32,7 @@ std::string name_of(const BackwardConfig& c) {
   std::string name = c.element == ptx::Element::kBFloat16 ? "backward_sm90_bf16_d" : "backward_sm90_fp16_d";
   name += std::to_string(c.head_dim);
   if (c.head_dim_v != c.head_dim) name += "_" + std::to_string(c.head_dim_v);
+  if (c.pair) name += "_pair";
   return c.modified ? name + "_modified" : name;
 }
 
@@ -52,7 +54,7 @@ struct Counts {
     // A share comes when the works of its unit have probably been finished: a claim for each SM later, if there are more works than SMs.
     // Where works are of different length, or wait for one another, it takes longer until the last one is. Few works have small shares, for
     // SMs without work to take.
-    const int64_t sms = device.units;
+    const int64_t sms = device.units / c.ctas();  // or pairs of them
     const bool rounds = works > sms, uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
     const int64_t margin = (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0);
     shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
@@ -97,7 +99,9 @@ struct Workspace {
 
 std::string refusal(const BackwardRow& row, const Problem& p, const Device& device) {
   const BackwardConfig& c = row.config;
+  if (c.pair && p.deterministic) return "adds to dq in no fixed order";
   if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
+  if (device.units < c.ctas()) return "needs two SMs";
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
@@ -112,18 +116,25 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
 class Chain {
  public:
   explicit Chain(Stream stream) : stream_(stream) {}
-  void launch(const void* function, int64_t ctas, int threads, size_t shared_bytes, void** arguments) {
+  void launch(const void* function, int64_t ctas, int threads, size_t shared_bytes, void** arguments, int cluster = 1) {
     if (ctas == 0 || error_ != cudaSuccess) return;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = 0;
+    if (!first_) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(ctas));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
-    config.attrs = &overlap;
-    config.numAttrs = first_ ? 0 : 1;
+    config.attrs = attributes;
+    config.numAttrs = count;
     error_ = cudaLaunchKernelExC(&config, function, arguments);
     first_ = false;
   }
@@ -234,8 +245,8 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   Chain chain(stream);
   const int64_t tiles = std::max(counts.all_tiles, counts.all_key_tiles);
   chain.launch(row.preprocess, std::max<int64_t>(tiles, 1), kPreprocessThreads, 0, arguments);
-  const int64_t ctas = counts.works > 0 ? std::min<int64_t>(counts.claims, device.units) : 0;
-  chain.launch(row.function, ctas, c.threads(), row.shared_bytes, arguments);
+  const int64_t pairs = counts.works > 0 ? std::min<int64_t>(counts.claims, device.units / c.ctas()) : 0;
+  chain.launch(row.function, c.ctas() * pairs, c.threads(), row.shared_bytes, arguments, c.ctas());
   chain.launch(row.postprocess, std::min<int64_t>(tiles, 4 * device.units) + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0,
                arguments);
   return chain.status();

@@ -26,6 +26,12 @@ TW_BACKWARD_SHAPE(Backward192, .head_dim = 192, .head_dim_v = 192, .block_m = 64
                   .main_registers = 208, .dq_registers = 64)
 TW_BACKWARD_SHAPE(Backward256, .head_dim = 256, .head_dim_v = 256, .block_m = 64, .mains = 2, .stages = 2, .dq_columns = 64, .roles = true,
                   .main_registers = 208, .dq_registers = 64)
+TW_BACKWARD_SHAPE(Backward192x128Pair, .head_dim = 192, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64,
+                  .roles = true, .main_registers = 208, .dq_registers = 64, .pair = true)
+TW_BACKWARD_SHAPE(Backward192Pair, .head_dim = 192, .head_dim_v = 192, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64,
+                  .roles = true, .main_registers = 208, .dq_registers = 64, .pair = true)
+TW_BACKWARD_SHAPE(Backward256Pair, .head_dim = 256, .head_dim_v = 256, .block_m = 64, .mains = 2, .stages = 2, .dq_columns = 64,
+                  .roles = true, .main_registers = 208, .dq_registers = 64, .pair = true)
 #undef TW_BACKWARD_SHAPE
 
 struct BackwardRow {

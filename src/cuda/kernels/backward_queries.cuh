@@ -16,6 +16,30 @@ struct QueryGradients : Claims<C> {
   uint32_t parity = 0;      // of turns
   tile::Ring<kSlots> slot;  // where the next ds is
 
+  // dS K of `count` times 64 keys from the first, of 64 queries and kWidth columns. ds and k: of each 64 keys, where the operands begin.
+  template <int kCount>
+  __device__ __forceinline__ void multiply(float (&dq)[kWidth / 2], const uint32_t (&ds)[C.key_tiles()], const uint32_t (&k)[C.key_tiles()],
+                                           int first) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4 * kCount; ++step) {
+      const int i = kCount > 1 ? step / 4 : 0;
+      const uint32_t a = kCount > 1 || first == 0 ? ds[i] : ds[C.key_tiles() - 1],
+                     b = kCount > 1 || first == 0 ? k[i] : k[C.key_tiles() - 1];
+      ptx::Wgmma<C.element, kWidth>::st(dq, a + ((step % 4 * 32) >> 4), b + ((step % 4 * 2048) >> 4), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // Adds them to this thread's sums from `sum` on.
+  __device__ __forceinline__ void add(float* sum, const float (&dq)[kWidth / 2]) {
+#pragma unroll
+    for (int j = 0; j < kWidth / 8; ++j) {
+      ptx::add_global(sum + j * kThreads * 4, dq + 4 * j);
+      if constexpr (C.pace > 0)
+        if (!params.deterministic) ptx::pause<C.pace>();
+    }
+  }
+
   // The additions of one step, to this thread's sums from `sum` on.
   __device__ __forceinline__ void add_step(float* sum, int m, const int (&begin)[C.key_tiles()], const int (&end)[C.key_tiles()],
                                            bool last) {
@@ -32,23 +56,16 @@ struct QueryGradients : Claims<C> {
     for (int pass = 0; pass < C.tiles() * kPasses; ++pass) {
       const int tile = pass / kPasses, columns = pass % kPasses * kWidth;
       float dq[kWidth / 2];
-      // dS K of 64 keys, or of all.
-      const auto multiply = [&](int first, auto count) {
-        ptx::wgmma_fence();
+      uint32_t ds[C.key_tiles()], k[C.key_tiles()];
 #pragma unroll
-        for (int step = 0; step < 4 * count; ++step) {
-          const int i = first + step / 4;
-          const uint32_t b =
-              tile::operand(shared.k[i].bytes, shared.k[i].kPanelBytes) + ((columns / 64 * shared.k[i].kPanelBytes + step % 4 * 2048) >> 4);
-          const uint32_t from = count > 1 || first == 0 ? a[step / 4] : a[C.key_tiles() - 1];
-          ptx::Wgmma<C.element, kWidth>::st(dq, from + ((tile * kBlockM * 128 + step % 4 * 32) >> 4), b, step > 0);
-        }
-        ptx::wgmma_commit();
-      };
+      for (int i = 0; i < C.key_tiles(); ++i) {
+        ds[i] = a[i] + ((tile * kBlockM * 128) >> 4);
+        k[i] = tile::operand(shared.k[i].bytes, shared.k[i].kPanelBytes) + ((columns / 64 * shared.k[i].kPanelBytes) >> 4);
+      }
       if (all_seen)
-        multiply(0, ::cuda::std::integral_constant<int, C.key_tiles()>{});
+        multiply<C.key_tiles()>(dq, ds, k, 0);
       else
-        multiply(seen[0] ? 0 : 1, ::cuda::std::integral_constant<int, 1>{});
+        multiply<1>(dq, ds, k, seen[0] ? 0 : 1);
       ptx::wgmma_wait<0>();
       tile::hold(dq);
       if (params.deterministic && pass == 0) {
@@ -61,24 +78,22 @@ struct QueryGradients : Claims<C> {
         for (int i = 0; i < C.key_tiles(); ++i) shared.ds_empty[slot.stage()][i].arrive_if(thread % 32 == 0);
         slot.advance();
       }
-#pragma unroll
-      for (int j = 0; j < kWidth / 8; ++j) {
-        ptx::add_global(sum + (tile * C.head_dim / 8 + columns / 8 + j) * kThreads * 4, dq + 4 * j);
-        if constexpr (C.pace > 0)
-          if (!params.deterministic) ptx::pause<C.pace>();
-      }
+      add(sum + (tile * C.head_dim / 8 + columns / 8) * kThreads * 4, dq);
     }
     __syncwarp();
     if (params.deterministic) shared.added.arrive_if(thread % 32 == 0);
   }
 
-  __device__ __forceinline__ void add_work() {
+  // step(sums, m, begin, end, last): the steps of each 64 keys, those of number `first` first; whether it is the last step of the work.
+  template <class Step>
+  __device__ __forceinline__ void add_work(int first, const Step& step) {
     const Walk walk = this->walk(work().all, true);
-    int mine_begin[C.key_tiles()], mine_end[C.key_tiles()];
+    int begin[C.key_tiles()], end[C.key_tiles()];
 #pragma unroll
     for (int i = 0; i < C.key_tiles(); ++i) {
-      mine_begin[i] = ptx::uniform(work().mine[i].begin);
-      mine_end[i] = ptx::uniform(work().mine[i].end);
+      const BlockRange& range = work().mine[i ^ first];
+      begin[i] = ptx::uniform(range.begin);
+      end[i] = ptx::uniform(range.end);
     }
     const int next = (walk.falling ? -1 : 1) * C.tiles() * kBlockM * C.head_dim;  // from a step's sums to the next step's
 #pragma unroll 1
@@ -86,21 +101,27 @@ struct QueryGradients : Claims<C> {
       float* sum = sum_of<C>(params, work(), head, walk.step(walk.begin)) + thread * 4;
 #pragma unroll 1
       for (int i = walk.begin; i < walk.end; ++i, sum += next)
-        add_step(sum, walk.step(i), mine_begin, mine_end, head + 1 == params.group && i + 1 == walk.end);
+        step(sum, walk.step(i), begin, end, head + 1 == params.group && i + 1 == walk.end);
     }
     ptx::barrier_sync(1, kThreads);
     if (thread == 0) ptx::add_release(&params.progress[work().unit].added, 1);
   }
-
-  __device__ __forceinline__ void run() {
+  // All works.
+  template <class Work>
+  __device__ __forceinline__ void run_works(const Work& add) {
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
       const int claim = ptx::uniform(work().claim);
       shared.sums_free.wait(this->place.stage());
-      if (claim < params.works) add_work();
+      if (claim < params.works) add();
       __syncwarp();
       shared.sums_added.arrive_if(thread % 32 == 0);
     }
+  }
+  __device__ __forceinline__ void run() {
+    run_works([&] {
+      add_work(0, [&](float* sum, int m, const auto& begin, const auto& end, bool last) { add_step(sum, m, begin, end, last); });
+    });
   }
 };
 

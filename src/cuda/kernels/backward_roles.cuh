@@ -3,6 +3,7 @@
 // afterwards. The first is up to a step ahead. The rest is as in backward_sm90.cuh.
 #pragma once
 
+#include "cuda/kernels/backward_pair.cuh"
 #include "cuda/kernels/backward_sm90.cuh"
 
 namespace tilewise {
@@ -61,10 +62,12 @@ struct KeyRole : KeyGradients<C> {
     const BackwardWork& work = role.work();
     role.clear_operands();
     role.clear();
-    const Walk walk = role.walk(work.all, work.n_begin + 64 <= work.part.band.seqlen_k);
-    if (walk.begin < walk.end) {
+    const Walk walk = role.walk(role.own_steps(), work.n_begin + 64 * role.keys + 64 <= work.part.band.seqlen_k);
+    if (ptx::uniform(work.all.end - work.all.begin) > 0) {
       keys_full.wait(work.parity);
       role.shared.keys_empty.arrive();
+    }
+    if (walk.begin < walk.end) {
       for (int head = 0; head < role.params.group; ++head) role.run_head(work.head * role.params.group + head, walk);
     }
     role.write();
@@ -192,32 +195,48 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers(params.deterministic);
   shared.clear_columns(params.head_dim, params.head_dim_v);
-  __syncthreads();
+  if constexpr (C.pair)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
   ptx::launch_dependents();
+  const auto leave = [] {  // the other of a pair may still want something of this one's memory
+    if constexpr (Row::kConfig.pair) ptx::cluster_sync();
+  };
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 3) {
     ptx::give_registers<kLoaderRegisters>();
     const int thread = static_cast<int>(threadIdx.x) % 128;
-    if (params.deterministic) {
+    if (!C.pair && params.deterministic) {
       if (thread < 32) Loader<C>{{params, shared}}.template run<true, true>();
       if (thread == 32) Turns<C>{{params, shared}}.template run<true>();
       if (thread == 64) Turns<C>{{params, shared}}.template run<false>();
     } else {
       if (thread < 32) Loader<C>{{params, shared}}.template run<true, false>();
       if (thread >= 32 && thread < 64) Loader<C>{{params, shared}}.template run<false, true>();
+      if constexpr (C.pair)
+        if (thread == 64) Exchange<C>{{params, shared}}.run();
     }
     if (thread >= 96) Claimer<C>{params, shared}.run();
+    __syncwarp();
+    leave();
   } else if (warpgroup == 0) {
     ptx::give_registers<C.dq_registers>();
-    QueryGradients<C>{{params, shared}}.run();
+    if constexpr (C.pair)
+      PairQueryGradients<C>{{{params, shared}}}.run();
+    else
+      QueryGradients<C>{{params, shared}}.run();
+    leave();
   } else {
     ptx::take_registers<C.main_registers>();
     if (warpgroup == 1) {
       ScoreRole<C> role{{{{params, shared}, 0}}};
       KeyRole<C>::run(role, shared.k_full);
+      leave();
     } else {
       ScoreGradientRole<C> role{{{{params, shared}, 1}}};
       KeyRole<C>::run(role, shared.v_full);
+      leave();
     }
   }
 }

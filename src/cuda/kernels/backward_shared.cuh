@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/gradient_work.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/cycle.cuh"
 #include "cuda/tile/load.cuh"
@@ -13,14 +14,26 @@ namespace tilewise {
 constexpr int kLoaderRegisters = 32;
 constexpr int kSlots = 2;  // tiles of ds on their way to the dq warpgroup
 
+constexpr int kPairColumns = 64;  // of dq, that one CTA of a pair adds for both
+
+// Of the other CTA of a pair: its keys, of the columns that this one adds for both, and its ds.
+template <bool kPair>
+struct OtherTiles {};
+template <>
+struct OtherTiles<true> {
+  tile::Tile<64, kPairColumns> k;
+  tile::Tile<kBlockM, 64> ds;
+};
+
 template <BackwardConfig C>
 struct BackwardShared {
   static constexpr int kRows = 64;
-  tile::Tile<kRows, C.head_dim> k[C.key_tiles()];
-  tile::Tile<kRows, C.head_dim_v> v[C.key_tiles()];
+  tile::Tile<kRows, C.head_dim> k[C.own_tiles()];
+  tile::Tile<kRows, C.head_dim_v> v[C.own_tiles()];
   tile::Tile<C.block_m, C.head_dim> q[C.stages];
   tile::Tile<C.block_m, C.head_dim_v> do_[C.stages];
-  tile::Tile<C.block_m, kRows> ds[kSlots][C.key_tiles()];                      // queries are rows, 64 keys columns
+  tile::Tile<C.block_m, kRows> ds[kSlots][C.own_tiles()];  // queries are rows, 64 keys columns
+  OtherTiles<C.pair> other;
   static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
   // 8 rows with 1 for the columns of the addends. Not last: memcheck takes them for the 64 rows that the product sees.
   alignas(256) unsigned char ones[256];
@@ -29,9 +42,11 @@ struct BackwardShared {
   tile::Barrier work_full[2], work_empty[2], claim_next, keys_empty;
   tile::Barrier sums_free, sums_added, share_ready, share_written;  // for each claim: may it be done, has it been
   tile::Barrier k_full, v_full, q_full[C.stages], do_full[C.stages], q_empty[C.stages];
-  tile::Barrier do_empty[C.stages], p_full[kSlots];  // of roles; else q_empty stands for do too
-  tile::Barrier my_turn, added, told;                // where the order of additions to dq matters: see Turns
-  tile::Barrier ds_full[kSlots][C.key_tiles()], ds_empty[kSlots][C.key_tiles()];
+  tile::Barrier do_empty[C.stages], p_full[kSlots];             // of roles; else q_empty stands for do too
+  tile::Barrier my_turn, added, told;                           // where the order of additions to dq matters: see Turns
+  tile::Barrier other_k_full, other_ds_full, other_claim_full;  // of a pair
+  int other_claim;                                              // what the other CTA has claimed for both
+  tile::Barrier ds_full[kSlots][C.own_tiles()], ds_empty[kSlots][C.own_tiles()];
 
   // Columns that are not there.
   __device__ __forceinline__ void clear_columns(int head_dim, int head_dim_v) {
@@ -40,6 +55,7 @@ struct BackwardShared {
     for (auto& tile : v) tile::clear_panels(tile, head_dim_v, thread, threads);
     for (auto& tile : q) tile::clear_panels(tile, head_dim, thread, threads);
     for (auto& tile : do_) tile::clear_panels(tile, head_dim_v, thread, threads);
+    if constexpr (C.pair) tile::clear_panels(other.k, max_of(head_dim - ptx::cluster_rank() * kPairColumns, 0), thread, threads);
   }
   __device__ __forceinline__ void init_ones() {
     const int row = static_cast<int>(threadIdx.x) / 2, half = threadIdx.x % 2;
@@ -52,16 +68,16 @@ struct BackwardShared {
     for (int i = 0; i < 2; ++i) {
       work_full[i].init(32);
       // The warpgroups, and a warp that loads (of roles two); deterministic: one that loads, threads that watch turns and tell them.
-      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 34 : C.roles ? 64 : 32));
+      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 34 : C.roles ? 64 + C.pair : 32));
     }
-    claim_next.init(1);
+    claim_next.init(C.ctas());
     keys_empty.init(4 + 128 * C.mains);  // dq's warps have used k for the last time, all main threads have seen k and v come
     sums_free.init(1);
     sums_added.init(4);
     share_ready.init(1);
     share_written.init(4 * C.mains);
-    k_full.init(C.key_tiles());
-    v_full.init(C.key_tiles());
+    k_full.init(C.own_tiles());
+    v_full.init(C.own_tiles());
     for (int i = 0; i < C.stages; ++i) {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
@@ -73,10 +89,13 @@ struct BackwardShared {
     added.init(4);
     told.init(1);
     for (int i = 0; i < kSlots; ++i)
-      for (int j = 0; j < C.key_tiles(); ++j) {
+      for (int j = 0; j < C.own_tiles(); ++j) {
         ds_full[i][j].init(C.roles ? 128 : 4);
-        ds_empty[i][j].init(4);
+        ds_empty[i][j].init(4 * C.ctas());
       }
+    other_k_full.init(1);
+    other_ds_full.init(1);
+    other_claim_full.init(1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
   }
 };
@@ -102,6 +121,9 @@ struct Claims {
       return {.falling = true, .begin = begin, .end = end, .last = both - 1, .full_begin = both - full_end, .full_end = both - full_begin};
     return {.falling = false, .begin = begin, .end = end, .last = 0, .full_begin = full_begin, .full_end = full_end};
   }
+  // Which of a pair this CTA is, and the steps of its own keys.
+  static __device__ __forceinline__ int rank() { return C.pair ? ptx::cluster_rank() : 0; }
+  __device__ __forceinline__ const BlockRange& own_steps() const { return C.pair ? work().mine[rank()] : work().all; }
   // Waits for the present one; false: it is past the last.
   __device__ __forceinline__ bool enter() {
     shared.work_full[place.stage()].wait(place.parity());
@@ -127,7 +149,7 @@ struct Claimer {
   const bool leader = threadIdx.x % 32 == 0;
 
   // All works of a unit have added to its sums, or all shares are written where sums are used again: there are as many of them then.
-  __device__ __forceinline__ bool all(const int& count) const { return ptx::load_acquire(&count) == params.k_blocks; }
+  __device__ __forceinline__ bool all(const int& count) const { return ptx::load_acquire(&count) == params.k_blocks * C.ctas(); }
   // What a claim's sums wait for: dq of the unit that had their place before, if there was one.
   __device__ __forceinline__ bool is_free(int before) const { return before < 0 || all(params.progress[before].written); }
   // Whether all of the unit that a claim writes a share of have added to its sums.
@@ -135,6 +157,21 @@ struct Claimer {
     return claim < params.lag || claim >= params.claims || all(params.progress[(claim - params.lag) / params.shares].added);
   }
 
+  // By one thread; of a pair the first claims, and tells the other.
+  __device__ __forceinline__ int next_claim(int count) {
+    if constexpr (C.pair) {
+      if (ptx::cluster_rank() == 1) {
+        shared.other_claim_full.arrive_and_expect(4);
+        shared.other_claim_full.wait(count % 2);
+        return shared.other_claim;
+      }
+    }
+    const int claim = atomicAdd(&params.counters->claims, 1);
+    if constexpr (C.pair) {
+      ptx::store_in(ptx::address_in(1, &shared.other_claim), claim, ptx::address_in(1, &shared.other_claim_full));
+    }
+    return claim;
+  }
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
     ptx::wait_for_previous();  // the preprocess kernel has set the counter to 0
@@ -143,7 +180,7 @@ struct Claimer {
       BackwardWork& work = shared.work[count % 2];
       const int phase = count % 2 ^ 1;  // of the claim before
       int claim = 0;
-      if (leader) claim = atomicAdd(&params.counters->claims, 1);
+      if (leader) claim = next_claim(count);
       claim = ptx::uniform(claim);
       shared.work_empty[count % 2].wait(count / 2 % 2 ^ 1);
       const bool any = find_work<C>(params, work, claim);
@@ -173,7 +210,7 @@ struct Claimer {
           __nanosleep(claim < params.works ? 20 : 500);  // who has no work is not in a hurry
         shared.share_ready.arrive_if(leader);
       }
-      shared.claim_next.wait(count % 2);
+      if (Claims<C>::rank() == 0) shared.claim_next.wait(count % 2);
       if (params.deterministic) shared.sums_added.wait(count % 2);  // who claims first must begin first
     }
   }
@@ -202,30 +239,45 @@ struct Loader : Claims<C> {
     tile::load_rows(to, &map, full, rows.first + row, rows.count - row, head, rows.batch, columns);
   }
   template <class T>
-  __device__ __forceinline__ void load_keys(T (&to)[C.key_tiles()], const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int head,
+  __device__ __forceinline__ void load_keys(T (&to)[C.own_tiles()], const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int head,
                                             int columns) {
-    const int begin = ptx::uniform(work().n_begin);
+    const int begin = ptx::uniform(work().n_begin) + 64 * this->rank();
     if (!ptx::elect()) return;
 #pragma unroll
-    for (int i = 0; i < C.key_tiles(); ++i) load(to[i], map, full, rows, begin + 64 * i, head, columns);
+    for (int i = 0; i < C.own_tiles(); ++i) load(to[i], map, full, rows, begin + 64 * i, head, columns);
+  }
+  // Of a pair, the other's keys.
+  __device__ __forceinline__ void load_other(const Rows& rows, int head) {
+    const int row = ptx::uniform(work().n_begin) + 64 * (1 - this->rank());
+    if (ptx::elect())
+      tile::load_rows(shared.other.k, &params.k_map, shared.other_k_full, rows.first + row, rows.count - row, head, rows.batch,
+                      params.head_dim, this->rank() * kPairColumns);
+  }
+  // The next work may be claimed; of a pair, when both say so.
+  __device__ __forceinline__ void claim_next(bool now) {
+    if constexpr (C.pair)
+      ptx::arrive_in(ptx::address_in(0, &shared.claim_next), leader && now);
+    else
+      shared.claim_next.arrive_if(leader && now);
   }
   // What belongs to q with kQ, to do with kDo.
   template <bool kQ, bool kDo>
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
-      const Walk walk = this->walk(work().all, true);
+      const Walk walk = this->walk(this->own_steps(), true);
       const Sequence& sequence = work().part.sequence;
       const Rows queries = make_rows(sequence.q_row, sequence.seqlen_q, work().batch, params.cu_seqlens_q != nullptr);
       const int kv_head = ptx::uniform(work().head);
       int left = params.group * (walk.end - walk.begin);
-      if (left > 0) {
+      if (ptx::uniform(work().all.end - work().all.begin) > 0) {
         const Rows keys = make_rows(sequence.k_row, sequence.seqlen_k, work().batch, params.cu_seqlens_k != nullptr);
         shared.keys_empty.wait(ptx::uniform(work().parity) ^ 1);
         if constexpr (kQ) load_keys(shared.k, params.k_map, shared.k_full, keys, kv_head, params.head_dim);
+        if constexpr (kQ && C.pair) load_other(keys, kv_head);
         if constexpr (kDo) load_keys(shared.v, params.v_map, shared.v_full, keys, kv_head, params.head_dim_v);
       }
-      if constexpr (kQ) shared.claim_next.arrive_if(leader && left < kClaimAhead);
+      if constexpr (kQ) claim_next(left < kClaimAhead);
 #pragma unroll 1
       for (int head = kv_head * params.group; left > 0; ++head) {
         const unsigned char* rows = (C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows)) +
@@ -233,7 +285,7 @@ struct Loader : Claims<C> {
 #pragma unroll 1
         for (int i = walk.begin; i < walk.end; ++i, --left, at.advance()) {
           const int m = walk.step(i), row = m * C.block_m;
-          if constexpr (kQ) shared.claim_next.arrive_if(leader && left == kClaimAhead);
+          if constexpr (kQ) claim_next(left == kClaimAhead);
           const auto load_do = [&] {
             load(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], queries, row, head, params.head_dim_v);
           };

@@ -106,7 +106,7 @@ struct Share {
   __device__ __forceinline__ void finish() {
     store();
 #pragma unroll 1
-    for (piece += 2; more(); piece += 2) {
+    for (piece += 2 * C.ctas(); more(); piece += 2 * C.ctas()) {
       load();
       store();
     }

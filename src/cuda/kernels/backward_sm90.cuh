@@ -27,8 +27,9 @@ namespace tilewise {
 template <BackwardConfig C>
 struct KeyGradients : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
-  const int part;                       // which warpgroup
-  const int keys = C.roles ? 0 : part;  // which 64 keys
+  const int part;                                                   // which warpgroup
+  const int own = C.roles ? 0 : part;                               // which 64 keys of the CTA
+  const int keys = C.pair ? ptx::uniform(Claims<C>::rank()) : own;  // and of the work
   const bool leader = threadIdx.x % 32 == 0;
 
   static constexpr int kScores = C.block_m / 2;
@@ -46,7 +47,7 @@ struct KeyGradients : Claims<C> {
   }
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim, C.block_m>(s, shared.k[keys], shared.q[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim, C.block_m>(s, shared.k[own], shared.q[rows.stage], 0);
     add_rows(0);
     ptx::wgmma_commit();
   }
@@ -54,7 +55,7 @@ struct KeyGradients : Claims<C> {
   __device__ __forceinline__ void issue_dp() {
     shared.do_full[rows.stage].wait(rows.parity);
     ptx::wgmma_fence();
-    tile::multiply_scores<C.element, C.head_dim_v, C.block_m>(s, shared.v[keys], shared.do_[rows.stage], 0);
+    tile::multiply_scores<C.element, C.head_dim_v, C.block_m>(s, shared.v[own], shared.do_[rows.stage], 0);
     add_rows(1);
     ptx::wgmma_commit();
   }
@@ -153,10 +154,10 @@ struct KeyGradients : Claims<C> {
   }
 
   // Of the slot for ds each warp has its 16 keys, two of the eight units of 16 bytes in every query's row.
-  __device__ __forceinline__ void wait_for_slot() { shared.ds_empty[slot.stage()][keys].wait(slot.parity() ^ 1); }
+  __device__ __forceinline__ void wait_for_slot() { shared.ds_empty[slot.stage()][own].wait(slot.parity() ^ 1); }
   // This lane's, for each 16 queries, is where it stores ds. Before, the softcap's derivatives wait there for dp, for want of registers.
   __device__ __forceinline__ uint4& my_place(int j) {
-    auto& tile = shared.ds[slot.stage()][keys];
+    auto& tile = shared.ds[slot.stage()][own];
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
     return *reinterpret_cast<uint4*>(tile.bytes + tile.offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2) + j * 16 * 128);
   }
@@ -186,10 +187,10 @@ struct KeyGradients : Claims<C> {
     for (int step = 0; step < C.block_m / 16; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
     if constexpr (C.roles) {
-      shared.ds_full[slot.stage()][keys].arrive();  // every lane, for the p that it has read
+      shared.ds_full[slot.stage()][own].arrive();  // every lane, for the p that it has read
     } else {
       __syncwarp();
-      shared.ds_full[slot.stage()][keys].arrive_if(leader);
+      shared.ds_full[slot.stage()][own].arrive_if(leader);
     }
     slot.advance();
   }
@@ -202,7 +203,7 @@ struct KeyGradients : Claims<C> {
       shared.do_full[rows.stage].wait(rows.parity);
       wait_for_slot();
       if (leader) {
-        shared.ds_full[slot.stage()][keys].arrive();  // the dq warpgroup knows that there is nothing in it
+        shared.ds_full[slot.stage()][own].arrive();  // the dq warpgroup knows that there is nothing in it
         shared.q_empty[rows.stage].arrive();
       }
       slot.advance();
@@ -367,7 +368,7 @@ struct KeyGradients : Claims<C> {
   template <class Work>
   __device__ __forceinline__ void write_share(const Work& meanwhile) {
     shared.share_ready.wait(this->place.stage());
-    Share<C> share{params, work().share, ptx::thread_anew() % 128, part};
+    Share<C> share{params, work().share, ptx::thread_anew() % 128, part + 2 * this->rank()};
     share.load();
     meanwhile();
     share.finish();
