@@ -81,7 +81,8 @@ struct BackwardShared {
     for (int i = 0; i < C.stages; ++i) {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
-      q_empty[i].init(C.roles ? 128 : 4 * C.mains);  // warps of the main warpgroups; of roles, threads of the one that is last
+      q_empty[i].init(C.roles ? 128
+                              : (C.addends ? 4 : 128) * C.mains);  // warps or threads that have used it; of roles, of the one that is last
       do_empty[i].init(4 * C.mains);
     }
     for (int i = 0; i < kSlots; ++i) p_full[i].init(128);

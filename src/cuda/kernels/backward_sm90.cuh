@@ -202,13 +202,13 @@ struct KeyGradients : Claims<C> {
       shared.q_full[rows.stage].wait(rows.parity);
       shared.do_full[rows.stage].wait(rows.parity);
       wait_for_slot();
-      if (leader) {
-        shared.ds_full[slot.stage()][own].arrive();  // the dq warpgroup knows that there is nothing in it
-        shared.q_empty[rows.stage].arrive();
-      }
+      shared.ds_full[slot.stage()][own].arrive_if(leader);  // the dq warpgroup knows that there is nothing in it
       slot.advance();
+      hand_back(rows.stage);
     }
   }
+  // A step's q, do and rows. Of addends no thread has read anything itself, of rows all have.
+  __device__ __forceinline__ void hand_back(int stage) { shared.q_empty[stage].arrive_if(leader || !C.addends); }
 
   // sum += x^T times a step's queries.
   template <class T>
@@ -228,7 +228,7 @@ struct KeyGradients : Claims<C> {
     probabilities(head, m, edge);
     ptx::wgmma_wait<0>();  // dK of the step before
     tile::hold(p);
-    if (!first) shared.q_empty[rows.stage == 0 ? C.stages - 1 : rows.stage - 1].arrive_if(leader);
+    if (!first) hand_back(rows.stage == 0 ? C.stages - 1 : rows.stage - 1);
     pack(s, p);
     issue_dp();
     add_product(dv, p, shared.do_[rows.stage]);
@@ -272,7 +272,7 @@ struct KeyGradients : Claims<C> {
     tile::hold(p);
     tile::hold(dk);
     tile::hold(dv);
-    shared.q_empty[rows.stage].arrive_if(leader);
+    hand_back(rows.stage);
     rows.advance();
   }
 

@@ -28,9 +28,9 @@ struct BackwardConfig {
   int pace = 0;                      // clocks between additions to dq, so that they do not block everyone's way to shared memory
   bool pair = false;                 // two CTAs take 128 keys, 64 each, and exchange ds (backward_pair.cuh)
   bool modified = false;             // softcap or ALiBi
-  TW_HD constexpr int ctas() const { return pair ? 2 : 1; }                        // that do a work
-  TW_HD constexpr int own_tiles() const { return roles ? 1 : mains; }              // 64 keys each, of a CTA
-  TW_HD constexpr int key_tiles() const { return ctas() * own_tiles(); }           // and of a work
+  TW_HD constexpr int ctas() const { return pair ? 2 : 1; }               // that do a work
+  TW_HD constexpr int own_tiles() const { return roles ? 1 : mains; }     // 64 keys each, of a CTA
+  TW_HD constexpr int key_tiles() const { return ctas() * own_tiles(); }  // and of a work
   TW_HD constexpr int tiles() const { return block_m / kBlockM; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
   TW_HD constexpr int threads() const { return 128 * (mains + 2); }

@@ -22,10 +22,10 @@ __device__ __forceinline__ uint32_t address_in(int rank, const void* here) {
 }
 // Arrives at a barrier there, if `yes`. What was written before need not be seen there: that would wait for all of this thread's additions.
 __device__ __forceinline__ void arrive_in(uint32_t barrier, bool yes) {
-  asm volatile("{\n.reg .pred yes;\nsetp.ne.b32 yes, %1, 0;\n@yes mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n}" ::"r"(
-                   barrier),
-               "r"(static_cast<int>(yes))
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred yes;\nsetp.ne.b32 yes, %1, 0;\n@yes mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n}" ::"r"(barrier),
+      "r"(static_cast<int>(yes))
+      : "memory");
 }
 // Stores a word there, and tells a barrier there that expects 4 bytes.
 __device__ __forceinline__ void store_in(uint32_t address, int value, uint32_t barrier) {
