@@ -96,12 +96,12 @@ def main():
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), unit="TFLOP/s of visible pairs, medians", rows=[])
 
-    def race(kind, case, flops, make, peers):
-        """make(variant) and peers' functions each prepare one call."""
+    def race(kind, case, flops, make, peers, beside={}):
+        """make(variant), peers' functions and those beside, which count for no ratio to peers, each prepare one call."""
         row, calls, gradients = dict(kind=kind, case=case), {}, {}
         if not any(text in f"{kind} {case}" for text in args.cases.split(",")):
             return
-        for name, prepare in {**{v.name: (lambda v=v: make(v)) for v in ours}, **peers}.items():
+        for name, prepare in {**{v.name: (lambda v=v: make(v)) for v in ours}, **peers, **beside}.items():
             try:
                 call = prepare()
                 gradients[name] = [x.clone() for x in call()]
@@ -122,6 +122,8 @@ def main():
                 live.append(row[name + " by ratio"])
         if live and isinstance(row.get(ours[0].name), float):
             row["ratio"] = round(row[ours[0].name] / max(live), 3)
+        for name in beside:
+            row["of " + name] = round(row[ours[0].name] / row[name], 3)
         result["rows"].append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
@@ -139,7 +141,7 @@ def main():
                 if s != 2048:
                     race("bwd", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal)))
                 if s not in (1024, 4096):
-                    race("bwd-det", case, flops, lambda x: x.backward(words, q, k, v, do, deterministic=True), dict(fa2=lambda: deterministic(fa2(q, k, v, do, causal))))
+                    race("bwd-det", case, flops, lambda x: x.backward(words, q, k, v, do, deterministic=True), dict(fa2=lambda: deterministic(fa2(q, k, v, do, causal))), {"without the flag": lambda: ours[0].backward(words, q, k, v, do)})
     q, do, k, v = random(2, 8192, 32, 128), random(2, 8192, 32, 128), random(2, 8192, 8, 128), random(2, 8192, 8, 128)
     for causal in (False, True):
         words = "b2 q8192 h32/8 d128 bf16" + (" causal" if causal else "")
