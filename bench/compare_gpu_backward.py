@@ -96,12 +96,12 @@ def main():
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), unit="TFLOP/s of visible pairs, medians", rows=[])
 
-    def race(kind, case, flops, make, peers, beside={}):
+    def race(kind, case, flops, make, peers, beside=None):
         """make(variant), peers' functions and those beside, which count for no ratio to peers, each prepare one call."""
         row, calls, gradients = dict(kind=kind, case=case), {}, {}
         if not any(text in f"{kind} {case}" for text in args.cases.split(",")):
             return
-        for name, prepare in {**{v.name: (lambda v=v: make(v)) for v in ours}, **peers, **beside}.items():
+        for name, prepare in {**{v.name: (lambda v=v: make(v)) for v in ours}, **peers, **(beside or {})}.items():
             try:
                 call = prepare()
                 gradients[name] = [x.clone() for x in call()]
@@ -122,8 +122,9 @@ def main():
                 live.append(row[name + " by ratio"])
         if live and isinstance(row.get(ours[0].name), float):
             row["ratio"] = round(row[ours[0].name] / max(live), 3)
-        for name in beside:
-            row["of " + name] = round(row[ours[0].name] / row[name], 3)
+        for name in beside or {}:
+            if isinstance(row.get(ours[0].name), float) and isinstance(row.get(name), float):
+                row["of " + name] = round(row[ours[0].name] / row[name], 3)
         result["rows"].append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 

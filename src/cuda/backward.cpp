@@ -13,7 +13,8 @@
 namespace tilewise::cuda {
 namespace {
 
-// The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
+// The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill. Above 128 there are two of each:
+// pairs of CTAs, and what is deterministic.
 constexpr int kRows = 36;
 const std::array<BackwardRow, kRows>& table() {
   static const std::array<BackwardRow, kRows> kTable = [] {
@@ -100,6 +101,7 @@ struct Workspace {
 std::string refusal(const BackwardRow& row, const Problem& p, const Device& device) {
   const BackwardConfig& c = row.config;
   if (c.pair && p.deterministic) return "adds to dq in no fixed order";
+  if (c.roles && !c.pair && !p.deterministic) return "is for deterministic gradients";
   if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
   if (device.units < c.ctas()) return "needs two SMs";
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
@@ -264,7 +266,8 @@ Kernel kernel() {
       .tile_plan =
           [](const Problem&, const Device& device) {
             const BackwardRow& row = table()[kIndex];
-            return TilePlan{row.config.block_m, row.config.block_n(), static_cast<int64_t>(row.shared_bytes), device.units};
+            const BackwardConfig& c = row.config;
+            return TilePlan{c.block_m, 64 * c.own_tiles(), static_cast<int64_t>(row.shared_bytes), device.units / c.ctas() * c.ctas()};
           },
       .workspace_bytes = [](const Problem& p, const Device& device) { return Workspace(p, table()[kIndex].config, device).bytes; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,

@@ -1,7 +1,6 @@
 // Pairs of CTAs, for head dimensions above 128, where additions to dq are what everyone waits for. The two have 64 keys each, one beside
-// the other, and send each other their ds. The first kPairColumns columns of dq are added by the first CTA for both, the next by the
-// second; only columns past them are added by each. So there are three additions where there were four (head_dim 256), or two for three
-// (192).
+// the other, and send each other their ds. The first 64 columns of dq are added by the first CTA for both, the next 64 by the second; only
+// columns past them are added by each. So there are three additions where there were four (head_dim 256), or two for three (192).
 #pragma once
 
 #include "cuda/kernels/backward_queries.cuh"
@@ -10,8 +9,8 @@
 
 namespace tilewise {
 
-// One thread: sends each ds to the other CTA, as soon as that has used the one before. The copy has been read when the other has used it,
-// so ds_empty, where both CTAs' dq warpgroups arrive, is all that its place waits for.
+// One thread: sends each ds to the other CTA, when both have used the one before. The copy has been read by then, so ds_empty, where both
+// CTAs' dq warpgroups arrive, is also all that the place here waits for.
 template <BackwardConfig C>
 struct Exchange : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
@@ -19,19 +18,14 @@ struct Exchange : Claims<C> {
   __device__ __forceinline__ void run() {
     const int other = 1 - this->rank();
     const uint32_t to = ptx::address_in(other, shared.other.ds.bytes), full = ptx::address_in(other, &shared.other_ds_full);
-    tile::Ring<kSlots> slot, before;
-    bool first = true;
+    tile::Ring<kSlots> slot, before{2 * kSlots - 1};  // before the first there is nothing to wait for
 #pragma unroll 1
     for (; this->enter(); this->leave()) {
       const BlockRange& own = this->own_steps();
-      int left = work().claim < params.works ? params.group * (own.end - own.begin) : 0;
 #pragma unroll 1
-      for (; left > 0; --left, slot.advance(), first = false) {
+      for (int left = params.group * (own.end - own.begin); left > 0; --left, slot.advance(), before.advance()) {
         shared.ds_full[slot.stage()][0].wait(slot.parity());
-        if (!first) {
-          shared.ds_empty[before.stage()][0].wait(before.parity());
-          before.advance();
-        }
+        shared.ds_empty[before.stage()][0].wait(before.parity());
         ptx::copy_in(to, shared.ds[slot.stage()][0].bytes, sizeof(shared.other.ds), full);
       }
     }
@@ -42,19 +36,19 @@ template <BackwardConfig C>
 struct PairQueryGradients : QueryGradients<C> {
   using Base = QueryGradients<C>;
   using Base::kPasses, Base::kThreads, Base::kWidth, Base::params, Base::shared, Base::slot, Base::thread, Base::work;
-  static_assert(kWidth == kPairColumns && C.tiles() == 1);
+  static_assert(kWidth == 64 && C.tiles() == 1);  // a panel of K
   const int rank = ptx::uniform(Claims<C>::rank());
   tile::Ring<kSlots> other_slot;  // where the other CTA has its next ds
   tile::Ring<1> other_ds;         // and its place here
 
-  // begin, end: this CTA's steps, and the other's. Columns that both add come first, so that the other's ds has time to come.
+  // begin, end: this CTA's steps, and the other's. Columns that each adds for itself come first, so that the other's ds has time to come.
   __device__ __forceinline__ void add_step(float* sum, int m, const int (&begin)[2], const int (&end)[2], bool last) {
     const bool leader = thread % 32 == 0;
     const bool mine = m >= begin[0] && m < end[0], others = m >= begin[1] && m < end[1];
     if (mine) shared.ds_full[slot.stage()][0].wait(slot.parity());
     const uint32_t ds[2] = {tile::operand(shared.ds[slot.stage()][0].bytes, 16), tile::operand(shared.other.ds.bytes, 16)};
 #pragma unroll
-    for (int pass = 2; pass <= kPasses; ++pass) {
+    for (int pass = C.ctas(); pass <= kPasses; ++pass) {
       const bool for_both = pass == kPasses;
       if (!for_both && !mine) continue;
       const int panel = for_both ? rank : pass;

@@ -195,10 +195,8 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers(params.deterministic);
   shared.clear_columns(params.head_dim, params.head_dim_v);
-  if constexpr (C.pair)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
+  __syncthreads();
+  if constexpr (C.pair) ptx::cluster_sync();
   ptx::launch_dependents();
   const auto leave = [] {  // the other of a pair may still want something of this one's memory
     if constexpr (Row::kConfig.pair) ptx::cluster_sync();
@@ -207,15 +205,14 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
   if (warpgroup == 3) {
     ptx::give_registers<kLoaderRegisters>();
     const int thread = static_cast<int>(threadIdx.x) % 128;
-    if (!C.pair && params.deterministic) {
+    if constexpr (C.pair) {
+      if (thread < 32) Loader<C>{{params, shared}}.template run<true, false>();
+      if (thread >= 32 && thread < 64) Loader<C>{{params, shared}}.template run<false, true>();
+      if (thread == 64) Exchange<C>{{params, shared}}.run();
+    } else {  // deterministic: see refusal() in backward.cpp
       if (thread < 32) Loader<C>{{params, shared}}.template run<true, true>();
       if (thread == 32) Turns<C>{{params, shared}}.template run<true>();
       if (thread == 64) Turns<C>{{params, shared}}.template run<false>();
-    } else {
-      if (thread < 32) Loader<C>{{params, shared}}.template run<true, false>();
-      if (thread >= 32 && thread < 64) Loader<C>{{params, shared}}.template run<false, true>();
-      if constexpr (C.pair)
-        if (thread == 64) Exchange<C>{{params, shared}}.run();
     }
     if (thread >= 96) Claimer<C>{params, shared}.run();
     __syncwarp();

@@ -1,4 +1,4 @@
-// What the warpgroups of the backward kernel share, and the warps that serve them: one claims works, others load and watch turns.
+// What the warpgroups of the backward kernel share, and the warps that serve them: one claims works, others load or keep turns.
 #pragma once
 
 #include "cuda/kernels/gradient_work.cuh"
@@ -14,14 +14,12 @@ namespace tilewise {
 constexpr int kLoaderRegisters = 32;
 constexpr int kSlots = 2;  // tiles of ds on their way to the dq warpgroup
 
-constexpr int kPairColumns = 64;  // of dq, that one CTA of a pair adds for both
-
-// Of the other CTA of a pair: its keys, of the columns that this one adds for both, and its ds.
-template <bool kPair>
+// Of the other CTA of a pair: its keys, of the columns of dq that this one adds for both, and its ds.
+template <bool kPair, int kColumns>
 struct OtherTiles {};
-template <>
-struct OtherTiles<true> {
-  tile::Tile<64, kPairColumns> k;
+template <int kColumns>
+struct OtherTiles<true, kColumns> {
+  tile::Tile<64, kColumns> k;
   tile::Tile<kBlockM, 64> ds;
 };
 
@@ -33,7 +31,7 @@ struct BackwardShared {
   tile::Tile<C.block_m, C.head_dim> q[C.stages];
   tile::Tile<C.block_m, C.head_dim_v> do_[C.stages];
   tile::Tile<C.block_m, kRows> ds[kSlots][C.own_tiles()];  // queries are rows, 64 keys columns
-  OtherTiles<C.pair> other;
+  OtherTiles<C.pair, C.dq_columns> other;
   static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
   // 8 rows with 1 for the columns of the addends. Not last: memcheck takes them for the 64 rows that the product sees.
   alignas(256) unsigned char ones[256];
@@ -55,7 +53,7 @@ struct BackwardShared {
     for (auto& tile : v) tile::clear_panels(tile, head_dim_v, thread, threads);
     for (auto& tile : q) tile::clear_panels(tile, head_dim, thread, threads);
     for (auto& tile : do_) tile::clear_panels(tile, head_dim_v, thread, threads);
-    if constexpr (C.pair) tile::clear_panels(other.k, max_of(head_dim - ptx::cluster_rank() * kPairColumns, 0), thread, threads);
+    if constexpr (C.pair) tile::clear_panels(other.k, max_of(head_dim - ptx::cluster_rank() * C.dq_columns, 0), thread, threads);
   }
   __device__ __forceinline__ void init_ones() {
     const int row = static_cast<int>(threadIdx.x) / 2, half = threadIdx.x % 2;
@@ -67,8 +65,9 @@ struct BackwardShared {
   __device__ __forceinline__ void init_barriers(bool deterministic) {
     for (int i = 0; i < 2; ++i) {
       work_full[i].init(32);
-      // The warpgroups, and a warp that loads (of roles two); deterministic: one that loads, threads that watch turns and tell them.
-      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 34 : C.roles ? 64 + C.pair : 32));
+      // The warpgroups, and a warp that loads; deterministic also threads that watch turns and tell them; of pairs another warp that loads
+      // and a thread that exchanges.
+      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 34 : C.pair ? 65 : 32));
     }
     claim_next.init(C.ctas());
     keys_empty.init(4 + 128 * C.mains);  // dq's warps have used k for the last time, all main threads have seen k and v come
@@ -81,8 +80,8 @@ struct BackwardShared {
     for (int i = 0; i < C.stages; ++i) {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
-      q_empty[i].init(C.roles ? 128
-                              : (C.addends ? 4 : 128) * C.mains);  // warps or threads that have used it; of roles, of the one that is last
+      // Warps or threads that have used it; of roles, of the one that is last.
+      q_empty[i].init(C.roles ? 128 : (C.addends ? 4 : 128) * C.mains);
       do_empty[i].init(4 * C.mains);
     }
     for (int i = 0; i < kSlots; ++i) p_full[i].init(128);
@@ -142,14 +141,15 @@ struct Claims {
 // the next block of keys as soon as it can be, though to find out what a claim means takes long beside all else. Even the first
 // is not the CTA's number: others may wait for what has been claimed, so it must be somebody's who is running. What others have done is
 // asked here, and what the main warpgroups have written is told here, because the way to global memory and back takes thousands of clocks;
-// nobody waits for a claim that is not smaller than his own.
+// nobody waits for a claim that is not smaller than his own, but for the other CTA of a pair, which runs at the same time.
 template <BackwardConfig C>
 struct Claimer {
   const BackwardParams& params;
   BackwardShared<C>& shared;
   const bool leader = threadIdx.x % 32 == 0;
 
-  // All works of a unit have added to its sums, or all shares are written where sums are used again: there are as many of them then.
+  // All works of a unit have added to its sums, or all shares are written where sums are used again: there are as many of them then. Of a
+  // pair both CTAs count.
   __device__ __forceinline__ bool all(const int& count) const { return ptx::load_acquire(&count) == params.k_blocks * C.ctas(); }
   // What a claim's sums wait for: dq of the unit that had their place before, if there was one.
   __device__ __forceinline__ bool is_free(int before) const { return before < 0 || all(params.progress[before].written); }
@@ -217,9 +217,8 @@ struct Claimer {
   }
 };
 
-// One warp: each work's block of keys, then every step's queries with their rows. Of roles two warps, but where turns take one: q and do
-// come and go at their own times. What a work says is read once: behind additions to dq each read of shared memory takes hundreds of
-// clocks.
+// One warp: each work's block of keys, then every step's queries with their rows. Of pairs two warps: q and do come and go at their own
+// times. What a work says is not read in the steps: behind additions to dq each read of shared memory takes hundreds of clocks.
 template <BackwardConfig C>
 struct Loader : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
@@ -252,7 +251,7 @@ struct Loader : Claims<C> {
     const int row = ptx::uniform(work().n_begin) + 64 * (1 - this->rank());
     if (ptx::elect())
       tile::load_rows(shared.other.k, &params.k_map, shared.other_k_full, rows.first + row, rows.count - row, head, rows.batch,
-                      params.head_dim, this->rank() * kPairColumns);
+                      params.head_dim, this->rank() * C.dq_columns);
   }
   // The next work may be claimed; of a pair, when both say so.
   __device__ __forceinline__ void claim_next(bool now) {
@@ -302,7 +301,7 @@ struct Loader : Claims<C> {
               if constexpr (!C.roles) load_do();
               full.arrive_and_expect(sizeof(shared.rows[0]));
               ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
-                                         rows + m * static_cast<int>(sizeof(shared.rows[0])), sizeof(shared.rows[0]), &full.state);
+                                         rows + static_cast<long long>(m) * sizeof(shared.rows[0]), sizeof(shared.rows[0]), &full.state);
             }
           }
         }

@@ -8,8 +8,8 @@
 
 namespace tilewise {
 
-// A share by two warpgroups, which take pieces in turn: a piece is a tile of 64 rows, or half of its columns. The sums become 0 where
-// another unit comes after this one.
+// A share by two warpgroups, of a pair by four, which take pieces in turn: a piece is a tile of 64 rows, or half of its columns. The sums
+// become 0 where another unit comes after this one.
 template <BackwardConfig C>
 struct Share {
   static constexpr int kPieces = C.head_dim > 128 ? 2 : 1, kColumns = C.head_dim / kPieces, kThreads = 128;

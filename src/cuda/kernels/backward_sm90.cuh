@@ -1,13 +1,13 @@
 // Exact attention backward on Hopper: a block of keys with its dk and dv stays on an SM while the queries that see it pass by. Read from
 // top to bottom, it is in the order of events.
 //
-// A CTA stays on its SM. It owns 64 keys per main warpgroup of one key/value head and walks in steps over the queries of every query head
-// of the group, then takes the next block of keys:
+// A CTA stays on its SM. It owns 64 keys per main warpgroup of one key/value head (above head dimension 128 otherwise: backward_roles.cuh,
+// backward_pair.cuh) and walks in steps over the queries of every query head of the group, then takes the next block of keys:
 //   S^T = K Q^T      P^T = 2^(S^T - lse)         dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T (dP^T - delta)   dK += dS^T Q     dQ += dS K
-// Main warpgroups have 64 keys each and never wait for one another: scores are computed with keys as rows, so that P^T and dS^T are
-// already the register operands of the products that follow. Only dS goes through shared memory, to another warpgroup, which multiplies
-// it with K and adds dQ to float32 sums in global memory straight from its registers. One thread loads.
+// Main warpgroups have 64 keys each and share no barrier but those of queries and of places for dS: scores are computed with keys as rows,
+// so that P^T and dS^T are already the register operands of the products that follow. Only dS goes through shared memory, to another
+// warpgroup, which multiplies it with K and adds dQ to float32 sums in global memory straight from its registers. One warp loads.
 #pragma once
 
 #include "cuda/kernels/backward_queries.cuh"

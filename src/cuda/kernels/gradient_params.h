@@ -45,7 +45,7 @@ struct SpoiltKeys {
   SpoiltRows rows[2];
 };
 
-// How far a unit is: blocks of keys that have added to its dq, and shares of dq that have been written.
+// How far a unit is: CTAs that have added a block of keys to its dq, and CTAs that have written a share of dq.
 struct Progress {
   int added, written;
 };
@@ -84,10 +84,10 @@ struct BackwardParams {
   // Of one head, packed: bounds; not packed: of one sequence. Tiles of rows and of keys, and blocks of keys.
   int q_tiles, k_tiles, k_blocks;
   // A work is a block of keys, a unit the query heads of one key/value head (of one sequence, where sequences are not packed): k_blocks
-  // works and the sums of group * q_tiles tiles of dq. The CTAs claim numbers in rising order: claim w stands for work w, and for share
-  // w - lag of dq, whose sums are mostly complete by then. The works of the first `plain` units come unit by unit, those of `interleave`
-  // units alternate from there on: block 0 of each, then block 1 of each. A unit has as many shares as works, or more where there are few
-  // works. Sums lie in a ring of units: dq of one is written before the next one there adds.
+  // works and the sums of group * q_tiles tiles of dq. The CTAs, or pairs of them, claim numbers in rising order: claim w stands for work
+  // w, and for share w - lag of dq, whose sums are mostly complete by then. The works of the first `plain` units come unit by unit, those
+  // of `interleave` units alternate from there on: block 0 of each, then block 1 of each. A unit has as many shares as works, or more where
+  // there are few works. Sums lie in a ring of units: dq of one is written before the next one there adds.
   int works, units, plain, interleave, shares, lag, claims, ring;
   // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
   // others read first.

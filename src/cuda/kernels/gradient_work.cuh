@@ -83,7 +83,7 @@ __device__ __forceinline__ UnitBlock unit_block(const BackwardParams& params, in
   return {first + index % units, index / units};
 }
 
-// What a CTA does for a claim. Written by one warp, read by all.
+// What a CTA, or a pair, does for a claim. Written by one warp, read by all.
 struct BackwardWork {
   static constexpr int kMost = 2;
   Trimmed part;

@@ -2,15 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <cuda/ptx>
 
 namespace tilewise::ptx {
 
-__device__ __forceinline__ int cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-// All threads of all CTAs, by whole warps: what was written before is seen after.
+__device__ __forceinline__ int cluster_rank() { return static_cast<int>(::cuda::ptx::get_sreg_cluster_ctarank()); }
+// All threads of all CTAs, by whole warps: what was written before is seen after. In the form that is not aligned ptxas no longer knows
+// that warps are together in the loops before it, and keeps what is the same for all lanes in every lane.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
