@@ -100,10 +100,10 @@ struct Workspace {
 
 std::string refusal(const BackwardRow& row, const Problem& p, const Device& device) {
   const BackwardConfig& c = row.config;
-  if (c.pair && p.deterministic) return "adds to dq in no fixed order";
-  if (c.roles && !c.pair && !p.deterministic) return "is for deterministic gradients";
   if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
   if (device.units < c.ctas()) return "needs two SMs";
+  if (c.pair && p.deterministic) return "adds to dq in no fixed order";
+  if (c.roles && !c.pair && !p.deterministic) return "is for deterministic gradients";
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
@@ -247,8 +247,8 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   Chain chain(stream);
   const int64_t tiles = std::max(counts.all_tiles, counts.all_key_tiles);
   chain.launch(row.preprocess, std::max<int64_t>(tiles, 1), kPreprocessThreads, 0, arguments);
-  const int64_t pairs = counts.works > 0 ? std::min<int64_t>(counts.claims, device.units / c.ctas()) : 0;
-  chain.launch(row.function, c.ctas() * pairs, c.threads(), row.shared_bytes, arguments, c.ctas());
+  const int64_t claimers = counts.works > 0 ? std::min<int64_t>(counts.claims, device.units / c.ctas()) : 0;
+  chain.launch(row.function, c.ctas() * claimers, c.threads(), row.shared_bytes, arguments, c.ctas());
   chain.launch(row.postprocess, std::min<int64_t>(tiles, 4 * device.units) + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0,
                arguments);
   return chain.status();
