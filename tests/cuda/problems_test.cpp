@@ -44,7 +44,9 @@ struct Problems : Cuda {
     limits.max_products = max_products;
     limits.max_head_dim = 256;
     limits.backward = false;
+    const int units = device_.units;
     for (uint64_t seed = first; seed < last; ++seed) {
+      device_.units = seed % 4 == 0 ? 2 + static_cast<int>(seed / 4 % 3) : units;  // an SM has many tiles, as in large problems
       Problem problem = reference::random_problem(seed, limits);
       problem.pass = pass;
       problem.deterministic = pass == Pass::kBackward && seed % 5 == 0;
@@ -64,6 +66,21 @@ TEST_F(Problems, BackwardCiProblems) { verify_file("ci.txt", Pass::kBackward); }
 TEST_F(Problems, BackwardFullProblems) { verify_file("full.txt", Pass::kBackward); }
 TEST_F(Problems, BackwardFuzz) { fuzz(0, 300, 2e5, Pass::kBackward); }
 TEST_F(Problems, BackwardLongFuzz) { fuzz(10'000, 12'000, 1e6, Pass::kBackward); }
+
+TEST_F(Problems, OnTwoSms) {
+  device_.units = 2;
+  for (const char* file : {"smoke.txt", "ci.txt"})
+    for (Pass pass : {Pass::kForward, Pass::kBackward}) verify_file(file, pass);
+  // From one tile to the next warpgroups differ in what they see, or see nothing.
+  for (const char* dims : {"64", "96", "128", "192/128", "192", "256"})
+    for (const char* rest :
+         {"q256 k192 h4/2 d%s bf16 causal", "b3 q500 k300 h2 d%s fp16 causal", "b2 q300 k700 h2 d%s bf16 window=40,0",
+          "b2 q700 k300 h2 d%s bf16 window=0,150", "b3 q400 k520 h2 d%s bf16 seqused", "q330 h3 d%s bf16 window=70,-1"}) {
+      std::string line = rest;
+      line.replace(line.find("%s"), 2, dims);
+      EXPECT_TRUE(verify(parse(line), 1, Layout::kBshd)) << line;
+    }
+}
 
 TEST_F(Problems, EveryRowRuns) {
   std::set<std::string> names;

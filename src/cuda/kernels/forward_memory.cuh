@@ -23,21 +23,23 @@ struct ForwardShared {
   using Q = tile::Tile<64, C.head_dim>;
   using K = tile::Tile<C.block_n, C.head_dim>;
   using V = tile::Tile<C.block_n, C.head_dim_v>;
-  using O = tile::Tile<64, C.head_dim_v>;
+  // Every warpgroup has a place for finished tiles, or all have one in common: who asks first (o_wanted) gets it, the next panel by panel.
+  static constexpr bool kOwnPlaces = C.o_slots == C.consumers;
+  static_assert(kOwnPlaces || (C.o_slots == 1 && C.consumers == 2));
+  static constexpr int kPieces = kOwnPlaces ? 1 : C.head_dim_v / 64;
+  using O = tile::Tile<64, C.head_dim_v / kPieces>;
   Q q[C.q_slots];
   K k[C.k_stages];
   V v[C.v_stages];
-  O o[C.o_slots];
-  float lse[C.o_slots][64];
-  bool spoilt[C.o_slots][4];  // some row of a warp of the finished tile is NaN
+  O o[C.o_slots][kPieces];
+  float lse[C.consumers][64];
+  bool spoilt[C.consumers][kPieces][4];  // some row of a warp of the finished tile is NaN
   WorkItem<C.consumers> item[kItems];
   tile::Barrier item_full[kItems], item_empty[kItems];
-  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.consumers], o_empty[C.consumers], o_wanted[C.consumers];
+  tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.consumers][kPieces], o_empty[C.consumers][kPieces];
+  tile::Barrier o_wanted[C.consumers];
   tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
 
-  // Every warpgroup has a place for finished tiles, or all have one in common, which goes to whoever asks first (o_wanted).
-  static constexpr bool kOwnPlaces = C.o_slots == C.consumers;
-  static_assert(kOwnPlaces || C.o_slots == 1);
   __device__ __forceinline__ static constexpr int o_slot(int part) { return kOwnPlaces ? part : 0; }
 
   // Columns that are not there.
@@ -58,8 +60,10 @@ struct ForwardShared {
       q_empty[i].init(4);
     }
     for (int i = 0; i < C.consumers; ++i) {
-      o_full[i].init(128);
-      o_empty[i].init(32);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        o_full[i][piece].init(128);
+        o_empty[i][piece].init(32);
+      }
       o_wanted[i].init(4);
     }
     for (int i = 0; i < C.k_stages; ++i) {
@@ -86,15 +90,15 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
     shared.item_empty[items.stage()].wait(items.parity() ^ 1);
     WorkItem<C.consumers>& item = shared.item[items.stage()];
     more = schedule.next(params, C.block_n, item);
-    // Places for queries go round all warpgroups that have work: which one a warpgroup gets is part of the item. Where places are few and
-    // something bounds the right, the last rows' queries come first: their warpgroup is the first to be done with the tile before.
+    // Places for queries go round all warpgroups that have work: which one a warpgroup gets is part of the item. Where places are few, and
+    // the last rows meet their keys before the first rows do, their queries come first.
     const tile::Ring<C.q_slots> first = q_ring;
 #pragma unroll
     for (int part = 0; part < C.consumers; ++part) {
       if (leader) item.part[part].result = results[part];
       results[part] += more && !item.part[part].empty();
     }
-    const bool last_first = !ForwardShared<C>::kOwnPlaces && params.window_right >= 0;
+    const bool last_first = !ForwardShared<C>::kOwnPlaces && more && item.part[C.consumers - 1].before < item.part[0].before;
     const auto nth = [&](int i) { return last_first ? C.consumers - 1 - i : i; };
 #pragma unroll
     for (int i = 0; i < C.consumers; ++i) {
@@ -111,7 +115,7 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
       if (item.part[part].empty()) continue;  // sees nothing and asks for nothing
       const int row = item.m_begin + 64 * part;
       shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
-      if (leader)
+      if (ptx::elect())
         tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], item.sequence.q_row + row,
                         item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch, params.head_dim);
       q_ring.advance();
@@ -148,10 +152,9 @@ __device__ __forceinline__ uint16_t* output_row(const ForwardParams& params, con
   return static_cast<uint16_t*>(params.o.data) + (params.cu_seqlens_q ? 0 : item.batch * params.o.batch) +
          (item.sequence.q_row + query) * params.o.row + item.head * params.o.head;
 }
-template <ForwardConfig C>
-__device__ __forceinline__ void store_lse(const ForwardParams& params, const WorkItem<C.consumers>& item, int query, float lse) {
-  if (params.lse)
-    params.lse[(params.cu_seqlens_q ? 0 : item.batch * params.lse_batch) + item.head * params.lse_head + item.sequence.q_row + query] = lse;
+// If lse is wanted; `batch` is 0 where sequences are packed.
+__device__ __forceinline__ float* lse_row(const ForwardParams& params, int batch, int head, long long row) {
+  return params.lse + batch * params.lse_batch + head * params.lse_head + row;
 }
 
 // Rows that see no key: o = 0, lse = -inf or the sink.
@@ -161,13 +164,15 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   const int rows = min_of(64, item.sequence.seqlen_q - begin), units = params.head_dim_v / 8;
   for (int i = thread; i < rows * units; i += 128)
     *reinterpret_cast<uint4*>(output_row<C>(params, item, begin + i / units) + i % units * 8) = make_uint4(0, 0, 0, 0);
-  for (int i = thread; i < rows; i += 128) store_lse<C>(params, item, begin + i, params.sink ? params.sink[item.head] : -INFINITY);
+  if (!params.lse) return;
+  float* lse = lse_row(params, params.cu_seqlens_q ? 0 : item.batch, item.head, item.sequence.q_row + begin);
+  for (int i = thread; i < rows; i += 128) lse[i] = params.sink ? params.sink[item.head] : -INFINITY;
 }
 
-// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others.
+// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others: its lse, and the columns of o that `tile` has.
 template <ForwardConfig C>
 __device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query,
-                                              typename ForwardShared<C>::O& tile, float& lse) {
+                                              typename ForwardShared<C>::O& tile, int first_column, float& lse) {
   const auto row_of = [&](const Elements& t, long long row, int head) {
     return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
   };
@@ -178,8 +183,8 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
   float max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY, sum = params.sink ? 1 : 0;
   // First the maximum and the sum, then 32 columns of o at a time.
 #pragma unroll 1
-  for (int columns = -32; columns < params.head_dim_v; columns += 32) {
-    const int column = columns + lane;
+  for (int columns = -32; columns < tile.kColumns; columns += 32) {
+    const int column = first_column + columns + lane;
     const bool inside = columns >= 0 && column < params.head_dim_v;
     float o = 0;
 #pragma unroll 1
@@ -202,56 +207,104 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
       if (!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o)) break;
     }
     if (columns < 0 && lane == 0) lse = (max + log2f(sum)) * kLn2;
-    if (inside) tile.at((query - item.m_begin) % 64, column) = static_cast<uint16_t>(ptx::pack<C.element>(sum == 0 ? 0 : o / sum, 0));
+    if (inside)
+      tile.at((query - item.m_begin) % 64, columns + lane) = static_cast<uint16_t>(ptx::pack<C.element>(sum == 0 ? 0 : o / sum, 0));
   }
 }
 
-// Stores finished tiles and their lse. One warp.
+// Stores finished tiles and their lse. One warp, of which everything waits in short sequences: what it needs is in registers before a tile
+// is finished, and known to be the same in all lanes.
 template <ForwardConfig C>
-__device__ __forceinline__ void store_tiles(const ForwardParams& params, ForwardShared<C>& shared) {
+struct Storer {
+  using Shared = ForwardShared<C>;
+  using Item = WorkItem<C.consumers>;
+  using O = typename Shared::O;
+  static constexpr int kPieces = Shared::kPieces;
+
+  const ForwardParams& params;
+  Shared& shared;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (tile::Ring<kItems> items;; items.advance()) {
-    shared.item_full[items.stage()].wait(items.parity());
-    const WorkItem<C.consumers>& item = shared.item[items.stage()];
-    if (!item.valid) return;
-    unsigned waiting = 0;  // for parts with a tile to store, as bits
-    for (int part = 0; part < C.consumers; ++part) waiting |= !item.part[part].empty() << part;
-    while (waiting != 0) {
-      const auto ready = [&](int part) {  // a place of one's own, or one asks for the common place
-        return (waiting >> part & 1) && (ForwardShared<C>::kOwnPlaces || shared.o_wanted[part].passed(item.part[part].result & 1));
-      };
-      int part = 0;
-      while (!__all_sync(0xffffffff, ready(part))) part = part + 1 == C.consumers ? 0 : part + 1;
-      waiting &= ~(1u << part);
-      const typename WorkItem<C.consumers>::Part& own = item.part[part];
-      const int slot = ForwardShared<C>::o_slot(part);
-      const int row = item.m_begin + 64 * part, rows = min_of(64, item.sequence.seqlen_q - row);
-      auto& tile = shared.o[slot];
-      if (!ForwardShared<C>::kOwnPlaces) shared.o_empty[part].arrive();  // whose turn it is; every lane, for what it has read
-      shared.o_full[part].wait(own.result & 1);
-      if (__any_sync(0xffffffff, lane < 4 && shared.spoilt[slot][lane % 4])) {
-#pragma unroll 1
-        for (int i = 0; i < rows; ++i) {
-          uint32_t worst = 0;
-          for (int column = 2 * lane; column < C.head_dim_v; column += 64)
-            worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
-          if (!__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) continue;
-          __syncwarp();  // every lane has read the row
-          recompute_row<C>(params, item, row + i, tile, shared.lse[slot][i]);
-        }
-        ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-        __syncwarp();
-      }
-      if (lane == 0)
-        tile::store_rows(tile, &params.o_map, item.sequence.q_row + row, rows, item.head, params.cu_seqlens_q ? 0 : item.batch,
-                         params.head_dim_v);
-      for (int i = lane; i < rows; i += 32) store_lse<C>(params, item, row + i, shared.lse[slot][i]);
-      if (lane == 0) tile::wait_stored();
-      __syncwarp();
-      if (ForwardShared<C>::kOwnPlaces) shared.o_empty[part].arrive();
-    }
-    if (lane == 0) shared.item_empty[items.stage()].arrive();
+
+  // Lets a warpgroup write a piece of its tile, when all stores but the last kLeft have read what they store.
+  template <int kLeft>
+  __device__ __forceinline__ void give_place(int part, int piece) {
+    if (ptx::elect()) tile::wait_stored<kLeft>();
+    __syncwarp();
+    shared.o_empty[part][piece].arrive();  // every lane, for what it has read
   }
-}
+  template <int kPiece = 0>
+  __device__ __forceinline__ void give_places(int part) {
+    give_place<kPieces - 1 - kPiece>(part, kPiece);
+    if constexpr (kPiece + 1 < kPieces) give_places<kPiece + 1>(part);
+  }
+  // Computes rows anew that are NaN.
+  __device__ __forceinline__ void repair(const Item& item, int part, int piece) {
+    const int row = item.m_begin + 64 * part;
+    O& tile = shared.o[Shared::o_slot(part)][piece];
+#pragma unroll 1
+    for (int i = 0; i < 64 && row + i < item.sequence.seqlen_q; ++i) {
+      uint32_t worst = 0;
+      for (int column = 2 * lane; column < O::kColumns; column += 64)
+        worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
+      if (!__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) continue;
+      __syncwarp();  // every lane has read the row
+      recompute_row<C>(params, item, row + i, tile, piece * O::kColumns, shared.lse[part][i]);
+    }
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    __syncwarp();
+  }
+  // Stores a part's tile, and lets part `next` have the common place piece by piece (-1: nobody).
+  __device__ __forceinline__ void store(const Item& item, int part, int next) {
+    const int row = ptx::uniform(item.m_begin) + 64 * part, rows = min_of(64, ptx::uniform(item.sequence.seqlen_q) - row);
+    const int head = ptx::uniform(item.head), batch = params.cu_seqlens_q ? 0 : ptx::uniform(item.batch);
+    const int q_row = static_cast<int>(item.sequence.q_row) + row;
+    const uint32_t parity = ptx::uniform(item.part[part].result & 1);
+#pragma unroll 1
+    for (int piece = 0; piece < kPieces; ++piece) {
+      shared.o_full[part][piece].wait(parity);
+      if (__any_sync(0xffffffff, lane < 4 && shared.spoilt[part][piece][lane % 4])) repair(item, part, piece);
+      if (ptx::elect())
+        tile::store_rows(shared.o[Shared::o_slot(part)][piece], &params.o_map, q_row, rows, head, batch, params.head_dim_v,
+                         piece * O::kColumns);
+      if (next >= 0 && piece > 0) give_place<1>(next, piece - 1);
+    }
+    if (next >= 0) give_place<0>(next, kPieces - 1);
+    if (params.lse) {
+      float* lse = lse_row(params, batch, head, q_row);
+#pragma unroll
+      for (int i = lane; i < 64; i += 32)
+        if (i < rows) lse[i] = shared.lse[part][i];
+    }
+  }
+  __device__ __forceinline__ void run() {
+    for (tile::Ring<kItems> items;; items.advance()) {
+      shared.item_full[items.stage()].wait(items.parity());
+      const Item& item = shared.item[items.stage()];
+      if (!ptx::uniform(item.valid)) break;
+      unsigned left = 0;  // parts with a tile to store, as bits
+      for (int part = 0; part < C.consumers; ++part) left |= !item.part[part].empty() << part;
+      left = ptx::uniform(left);
+      const auto first = [&] { return __ffs(left) - 1; };  // -1: none
+      int part = first();
+      if constexpr (Shared::kOwnPlaces) {
+        for (int own = 0; own < C.consumers; ++own)
+          if (left >> own & 1) give_place<0>(own, 0);
+      } else if (part >= 0) {
+        const auto asks = [&] { return left >> part & 1 && shared.o_wanted[part].passed(item.part[part].result & 1); };
+        while (!__all_sync(0xffffffff, asks())) part ^= 1;
+        give_places(part);
+      }
+      while (part >= 0) {
+        left ^= 1u << part;
+        const int next = first();
+        store(item, part, Shared::kOwnPlaces ? -1 : next);
+        part = next;
+      }
+      __syncwarp();  // every lane has read the item
+      if (lane == 0) shared.item_empty[items.stage()].arrive();
+    }
+    if (ptx::elect()) tile::wait_stored();  // the memory must stay until then
+  }
+};
 
 }  // namespace tilewise

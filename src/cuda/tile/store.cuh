@@ -21,20 +21,23 @@ __device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
                         pair(4 * block + 3));
 }
 
-// The rows of one sequence and head that are its own, from a tile to global memory, by a map as load.cuh describes it. One thread; the
-// tile may be written again when wait_stored() returns.
+// The rows of one sequence and head that are its own, from a tile that begins at `first_column` to global memory, by a map as load.cuh
+// describes it. One thread; the tile may be written again when wait_stored<n>() returns, n of this thread's stores later.
 template <class T>
-__device__ __forceinline__ void store_rows(const T& tile, const void* map, long long row, int valid_rows, int head, int batch,
-                                           int columns) {
+__device__ __forceinline__ void store_rows(const T& tile, const void* map, long long row, int valid_rows, int head, int batch, int columns,
+                                           int first_column = 0) {
   const int valid = valid_rows < T::kRows ? valid_rows : T::kRows;
 #pragma unroll
   for (int panel = 0; panel < T::kPanels; ++panel) {
-    if (panel * 64 >= columns) break;
-    const int32_t at[5] = {panel * 64, T::kRows - valid, static_cast<int>(row) + valid, head, batch};
+    if (first_column + panel * 64 >= columns) break;
+    const int32_t at[5] = {first_column + panel * 64, T::kRows - valid, static_cast<int>(row) + valid, head, batch};
     ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_global, ::cuda::ptx::space_shared, map, at, tile.bytes + panel * T::kPanelBytes);
   }
   ::cuda::ptx::cp_async_bulk_commit_group();
 }
-__device__ __forceinline__ void wait_stored() { ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<0>{}); }
+template <int kStores = 0>
+__device__ __forceinline__ void wait_stored() {
+  ::cuda::ptx::cp_async_bulk_wait_group_read(::cuda::ptx::n32_t<kStores>{});
+}
 
 }  // namespace tilewise::tile
