@@ -109,15 +109,21 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
     __syncwarp();
     if (!more) break;
     q_ring = first;
-#pragma unroll
+    // All that a load needs is there before its place is free.
+    const int begin = ptx::uniform(item.m_begin), length = ptx::uniform(item.sequence.seqlen_q);
+    const int q_row = ptx::uniform(static_cast<int>(item.sequence.q_row)), head = ptx::uniform(item.head);
+    const int batch = params.cu_seqlens_q ? 0 : ptx::uniform(item.batch);
+    unsigned empty = 0;  // parts that see nothing and ask for nothing, as bits
+    for (int part = 0; part < C.consumers; ++part) empty |= item.part[part].empty() << part;
+    empty = ptx::uniform(empty);
+#pragma unroll 1
     for (int i = 0; i < C.consumers; ++i) {
-      const int part = nth(i);
-      if (item.part[part].empty()) continue;  // sees nothing and asks for nothing
-      const int row = item.m_begin + 64 * part;
+      const int part = nth(i), row = begin + 64 * part;
+      if (empty >> part & 1) continue;
       shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
       if (ptx::elect())
-        tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], item.sequence.q_row + row,
-                        item.sequence.seqlen_q - row, item.head, params.cu_seqlens_q ? 0 : item.batch, params.head_dim);
+        tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], q_row + row, length - row, head, batch,
+                        params.head_dim);
       q_ring.advance();
     }
   }
@@ -131,6 +137,9 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
   if (threadIdx.x % 32 != 0) return;
   tile::Ring<kItems> items;
   tile::Ring<kStages> ring;
+  // All SMs begin at once, and the first block of keys would come with everything else: it is asked for before all but queries.
+  const bool values = &full[0] != &shared.k_full[0];
+  bool begun = false;
   for (;; items.advance()) {
     shared.item_full[items.stage()].wait(items.parity());
     const WorkItem<C.consumers>& item = shared.item[items.stage()];
@@ -138,6 +147,7 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     const int batch = params.cu_seqlens_k ? 0 : item.batch, head = item.head / params.group;
     for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
+      if (!begun && (values || ring.position > 0)) shared.k_full[0].wait(0), begun = true;
       const int row = block * C.block_n;
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch,
                       columns);

@@ -124,7 +124,8 @@ __device__ __forceinline__ void mask_block(float (&s)[kCount], const Band& band,
   static_assert(kCount <= 64);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const uint32_t seen = below(end_key(band, query + 8 * r) - key) & ~below(first_key(band, query + 8 * r) - key);
+    uint32_t seen = below(end_key(band, query + 8 * r) - key);
+    if (band.window_left < kUnbounded) seen &= ~below(first_key(band, query + 8 * r) - key);
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       if (row_of(i) == r && !(seen >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
