@@ -249,8 +249,8 @@ __global__ void rows_kernel(const float* scores, int blocks, float* out) {
       rows.keep();
     else
       settled = rows.raise(s, 1);
-    rows.exponentials<0, 8>(s, 1);
-    rows.exponentials<8, 16>(s, 1);
+    rows.exponentials(s, 1, 0, 8);
+    rows.exponentials(s, 1, 8, 16);
     if (rows.outgrown()) {
       rows.shrink(s);
       kept = false;

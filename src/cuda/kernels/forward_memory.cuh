@@ -137,9 +137,10 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
   if (threadIdx.x % 32 != 0) return;
   tile::Ring<kItems> items;
   tile::Ring<kStages> ring;
-  // All SMs begin at once, and the first block of keys would come with everything else: it is asked for before all but queries.
+  // All SMs begin at once, and what is needed first would come with all the rest. So the first keys and values, and the second of both, are
+  // asked for when what is needed before them has come.
   const bool values = &full[0] != &shared.k_full[0];
-  bool begun = false;
+  int begun = 0;
   for (;; items.advance()) {
     shared.item_full[items.stage()].wait(items.parity());
     const WorkItem<C.consumers>& item = shared.item[items.stage()];
@@ -147,7 +148,10 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     const int batch = params.cu_seqlens_k ? 0 : item.batch, head = item.head / params.group;
     for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
-      if (!begun && (values || ring.position > 0)) shared.k_full[0].wait(0), begun = true;
+      if (begun < 2) {
+        if (begun == 1 || values) (begun == 1 ? full[0] : shared.k_full[0]).wait(0);
+        ++begun;
+      }
       const int row = block * C.block_n;
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch,
                       columns);

@@ -151,9 +151,9 @@ struct Consumer {
   // computes one half before it lets the products with the values be waited for, and the other half while p is packed.
   __device__ __forceinline__ void exponentials(bool valid) {
     constexpr int kHalf = C.block_n / 4 / 4 * 4;
-    rows.template exponentials<0, kHalf>(s, factor);
+    rows.exponentials(s, factor, 0, kHalf);
     shared.k_empty[k_stage].arrive_if(leader && valid && !(rows.total() < 0));
-    rows.template exponentials<kHalf, C.block_n / 2>(s, factor);
+    rows.exponentials(s, factor, kHalf, C.block_n / 2);
   }
   __device__ __forceinline__ void wait_values(bool valid) {
     ptx::wgmma_wait<0>();
@@ -244,7 +244,9 @@ struct Consumer {
       lse[r] = sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2;
     }
   }
-  // The finished tile, from o to shared memory, where it is stored from.
+  // The finished tile, from o to shared memory, where it is stored from. Its panels go through the common place one by one: meanwhile the
+  // next tile's exponentials are computed.
+  static constexpr bool kExponentialsBetween = !Shared::kOwnPlaces;
   __device__ __forceinline__ void write(const Item& item, const float (&scale)[2], const float (&lse)[2]) {
     const int row = tile::this_lane().row;
     const uint32_t parity = item.part[part].result & 1;
@@ -254,7 +256,8 @@ struct Consumer {
       shared.o_empty[part][piece].wait(parity);
       uint32_t worst = 0;
       tile::write_fragment<kPairs>(shared.o[Shared::o_slot(part)][piece], [&](int i) {
-        const int at = 2 * (piece * kPairs + i);
+        const int at = 2 * (piece * kPairs + i), scores = C.block_n / 2;
+        if (kExponentialsBetween) rows.exponentials(s, factor, at * scores / kOutputs, (at + 2) * scores / kOutputs);
         const uint32_t pair = ptx::pack<C.element>(o[at] * scale[tile::row_of(at)], o[at + 1] * scale[tile::row_of(at)]);
         worst = ptx::max_or_nan<C.element>(worst, pair);
         return pair;
@@ -298,9 +301,10 @@ struct Consumer {
     settled = false;
     wait_scores(more);
     prepare();
-    exponentials(more);
+    if (!kExponentialsBetween || !present) exponentials(more);
     wait_values(present);
     if (present) {
+      shared.k_empty[k_stage].arrive_if(kExponentialsBetween && leader && more);
       // Before write(), which may wait for another warpgroup's tile, for which that one needs the turns passed here.
       if (passed_by > 0) {
         if (!more) skip_keys(passed_by);

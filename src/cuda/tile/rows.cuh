@@ -68,16 +68,17 @@ struct Rows {
   // Keeps the old max.
   __device__ __forceinline__ void keep() { rescale[0] = rescale[1] = 1; }
 
-  // s = 2^(s * factor - shift) for the scores from kBegin to kEnd, and their sums.
-  template <int kBegin, int kEnd, int kCount>
-  __device__ __forceinline__ void exponentials(float (&s)[kCount], float factor) {
-    if constexpr (kBegin == 0) block_sum[0] = block_sum[1] = block_sum[2] = block_sum[3] = 0;
+  // s = 2^(s * factor - shift) for the scores from `begin` to `end`, known to the compiler, and their sums; from 0 to the last in turn.
+  template <int kCount>
+  __device__ __forceinline__ void exponentials(float (&s)[kCount], float factor, int begin, int end) {
+    if (begin == 0) block_sum[0] = block_sum[1] = block_sum[2] = block_sum[3] = 0;
 #pragma unroll
-    for (int i = kBegin; i < kEnd; ++i) {
-      s[i] = ptx::exp2(fmaf(s[i], factor, -shift[row_of(i)]));
-      block_sum[i & 3] += s[i];
-    }
-    if constexpr (kEnd == kCount) {
+    for (int i = 0; i < kCount; ++i)
+      if (i >= begin && i < end) {
+        s[i] = ptx::exp2(fmaf(s[i], factor, -shift[row_of(i)]));
+        block_sum[i & 3] += s[i];
+      }
+    if (end == kCount) {
       sum[0] += block_sum[0] + block_sum[1];
       sum[1] += block_sum[2] + block_sum[3];
     }
