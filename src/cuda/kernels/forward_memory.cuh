@@ -39,6 +39,7 @@ struct ForwardShared {
   tile::Barrier q_full[C.q_slots], q_empty[C.q_slots], o_full[C.consumers][kPieces], o_empty[C.consumers][kPieces];
   tile::Barrier o_wanted[C.consumers];
   tile::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full[C.v_stages], v_empty[C.v_stages];
+  tile::Barrier begun;  // the first keys are there
 
   __device__ __forceinline__ static constexpr int o_slot(int part) { return kOwnPlaces ? part : 0; }
 
@@ -74,6 +75,7 @@ struct ForwardShared {
       v_full[i].init(1);
       v_empty[i].init(kWarps);
     }
+    begun.init(1);
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
   }
 };
@@ -137,10 +139,10 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
   if (threadIdx.x % 32 != 0) return;
   tile::Ring<kItems> items;
   tile::Ring<kStages> ring;
-  // All SMs begin at once, and what is needed first would come with all the rest. So the first keys and values, and the second of both, are
-  // asked for when what is needed before them has come.
+  // All SMs begin at once, and what is needed first would come with all the rest. So the first keys come before values and other keys are
+  // asked for, the first values before others.
   const bool values = &full[0] != &shared.k_full[0];
-  int begun = 0;
+  bool first = true;
   for (;; items.advance()) {
     shared.item_full[items.stage()].wait(items.parity());
     const WorkItem<C.consumers>& item = shared.item[items.stage()];
@@ -148,13 +150,14 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     const int batch = params.cu_seqlens_k ? 0 : item.batch, head = item.head / params.group;
     for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
-      if (begun < 2) {
-        if (begun == 1 || values) (begun == 1 ? full[0] : shared.k_full[0]).wait(0);
-        ++begun;
-      }
+      if (first && values) shared.begun.wait(0);
       const int row = block * C.block_n;
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch,
                       columns);
+      if (!first) continue;
+      first = false;
+      full[0].wait(0);
+      if (!values) shared.begun.arrive();
     }
     shared.item_empty[items.stage()].arrive();
   }
