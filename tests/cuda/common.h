@@ -33,7 +33,8 @@ class Cuda : public testing::Test {
     if (!Plan::make(problem, device_)) return false;
     const Result<reference::Report> report = reference::verify(problem, device_, seed, layout);
     EXPECT_TRUE(report.ok() && report->pass) << (report.ok() ? report->first_failure : std::string(report.status().message())) << "\n  "
-                                             << reference::verify_line(problem, seed, layout) << " --device cuda";
+                                             << reference::verify_line(problem, seed, layout) << " --device cuda, here on " << device_.units
+                                             << " SMs";
     return true;
   }
 

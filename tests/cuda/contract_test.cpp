@@ -25,8 +25,26 @@ TEST_F(Contract, SlowRepeatsOverAThousandRuns) {
   for (int i = 0; i < 1000; ++i) ASSERT_EQ(output(t), first) << i;
 }
 
-TEST_F(Contract, RowDoesNotDependOnTheBatch) {
-  Trial small = trial("b1 q200 k300 h2 d128 bf16 causal"), large = trial("b5 q200 k300 h2 d128 bf16 causal");
+TEST_F(Contract, LseIsOptional) {
+  for (const char* line : {"b2 q300 k200 h2 d128 bf16 causal", "b2 q300 k200 h2 d256 bf16 causal"}) {
+    Trial with = trial(line), without = trial(line);
+    output(with);
+    Arguments arguments = without.arguments();
+    arguments.lse = {};
+    without.plan().run(arguments).check();
+    synchronize(device_).check();
+    without.download().check();
+    const TensorView &o = with.host_arguments().o, &other = without.host_arguments().o;
+    EXPECT_EQ(std::memcmp(o.data, other.data, bytes_of(o)), 0) << line;
+  }
+}
+
+// On two SMs, so that a row's tile may be an SM's first or a later one.
+class RowAlone : public Cuda, public testing::WithParamInterface<const char*> {};
+TEST_P(RowAlone, DoesNotDependOnTheBatch) {
+  device_.units = 2;
+  const std::string rest = std::string(" q200 k300 h2 d") + GetParam() + " bf16 causal";
+  Trial small = trial("b1" + rest), large = trial("b5" + rest);
   for (auto member : {&Arguments::q, &Arguments::k, &Arguments::v})
     for (int b = 0; b < 5; ++b) {
       const TensorView &from = small.host_arguments().*member, &to = large.host_arguments().*member;
@@ -39,11 +57,12 @@ TEST_F(Contract, RowDoesNotDependOnTheBatch) {
   const TensorView &one = small.host_arguments().o, &five = large.host_arguments().o;
   for (int b = 0; b < 5; ++b) EXPECT_EQ(std::memcmp(static_cast<char*>(five.data) + b * five.stride[0] * 2, one.data, bytes_of(one)), 0);
 }
+INSTANTIATE_TEST_SUITE_P(Contract, RowAlone, testing::Values("64", "128", "192/128", "256"));
 
 // Values that are not finite reach the rows that see them and no others, although the tensor cores multiply whole blocks.
 TEST_F(Contract, ValuesThatAreNotFiniteReachTheRowsThatSeeThem) {
-  for (const char* line :
-       {"q400 h2 d128 bf16 causal", "q400 h2 d64 fp16 causal", "q300 h2 d256 bf16 window=50,0", "q400 h2 d128 bf16 causal softcap=30"})
+  for (const char* line : {"q400 h2 d128 bf16 causal", "q400 h2 d64 fp16 causal", "q300 h2 d256 bf16 window=50,0",
+                           "q400 h2 d128 bf16 causal softcap=30", "q400 h2 d192/128 bf16 causal"})
     for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       constexpr int kKey = 170;
       Trial clean = trial(line), spoilt = trial(line);

@@ -27,6 +27,7 @@ struct ForwardShared {
   static constexpr bool kOwnPlaces = C.o_slots == C.consumers;
   static_assert(kOwnPlaces || (C.o_slots == 1 && C.consumers == 2));
   static constexpr int kPieces = kOwnPlaces ? 1 : C.head_dim_v / 64;
+  static_assert(kOwnPlaces || C.head_dim_v % 64 == 0);
   using O = tile::Tile<64, C.head_dim_v / kPieces>;
   Q q[C.q_slots];
   K k[C.k_stages];
@@ -132,7 +133,7 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
 }
 
 // Loads the blocks of keys or of values of every tile, right to left. One warp.
-template <ForwardConfig C, class T, int kStages>
+template <ForwardConfig C, bool kValues, class T, int kStages>
 __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardShared<C>& shared, T (&tiles)[kStages],
                                           const CUtensorMap& map, int columns, tile::Barrier (&full)[kStages],
                                           tile::Barrier (&empty)[kStages]) {
@@ -140,8 +141,7 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
   tile::Ring<kItems> items;
   tile::Ring<kStages> ring;
   // All SMs begin at once, and what is needed first would come with all the rest. So the first keys come before values and other keys are
-  // asked for, the first values before others.
-  const bool values = &full[0] != &shared.k_full[0];
+  // asked for, the first values before others. (At k_full the loader of values could come too late, when two phases have passed.)
   bool first = true;
   for (;; items.advance()) {
     shared.item_full[items.stage()].wait(items.parity());
@@ -150,14 +150,14 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
     const int batch = params.cu_seqlens_k ? 0 : item.batch, head = item.head / params.group;
     for (int block = item.blocks_end - 1; block >= item.blocks_begin; --block, ring.advance()) {
       empty[ring.stage()].wait(ring.parity() ^ 1);
-      if (first && values) shared.begun.wait(0);
+      if (kValues && first) shared.begun.wait(0);
       const int row = block * C.block_n;
       tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch,
                       columns);
       if (!first) continue;
       first = false;
       full[0].wait(0);
-      if (!values) shared.begun.arrive();
+      if (!kValues) shared.begun.arrive();
     }
     shared.item_empty[items.stage()].arrive();
   }
@@ -200,7 +200,7 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
   float max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY, sum = params.sink ? 1 : 0;
   // First the maximum and the sum, then 32 columns of o at a time.
 #pragma unroll 1
-  for (int columns = -32; columns < tile.kColumns; columns += 32) {
+  for (int columns = -32; columns < min_of(tile.kColumns, params.head_dim_v - first_column); columns += 32) {
     const int column = first_column + columns + lane;
     const bool inside = columns >= 0 && column < params.head_dim_v;
     float o = 0;
@@ -229,8 +229,8 @@ __device__ __forceinline__ void recompute_row(const ForwardParams& params, const
   }
 }
 
-// Stores finished tiles and their lse. One warp, of which everything waits in short sequences: what it needs is in registers before a tile
-// is finished, and known to be the same in all lanes.
+// Stores finished tiles and their lse. One warp, for which everything waits in short sequences: what the copy engine needs is in registers
+// before a tile is finished, and known to be the same in all lanes.
 template <ForwardConfig C>
 struct Storer {
   using Shared = ForwardShared<C>;
@@ -274,12 +274,13 @@ struct Storer {
   __device__ __forceinline__ void store(const Item& item, int part, int next) {
     const int row = ptx::uniform(item.m_begin) + 64 * part, rows = min_of(64, ptx::uniform(item.sequence.seqlen_q) - row);
     const int head = ptx::uniform(item.head), batch = params.cu_seqlens_q ? 0 : ptx::uniform(item.batch);
-    const int q_row = static_cast<int>(item.sequence.q_row) + row;
+    const int q_row = ptx::uniform(static_cast<int>(item.sequence.q_row)) + row;
     const uint32_t parity = ptx::uniform(item.part[part].result & 1);
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {
       shared.o_full[part][piece].wait(parity);
-      if (__any_sync(0xffffffff, lane < 4 && shared.spoilt[part][piece][lane % 4])) repair(item, part, piece);
+      const bool there = piece * O::kColumns < params.head_dim_v;
+      if (there && __any_sync(0xffffffff, lane < 4 && shared.spoilt[part][piece][lane % 4])) repair(item, part, piece);
       if (ptx::elect())
         tile::store_rows(shared.o[Shared::o_slot(part)][piece], &params.o_map, q_row, rows, head, batch, params.head_dim_v,
                          piece * O::kColumns);

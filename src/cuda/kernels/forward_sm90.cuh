@@ -69,6 +69,8 @@ struct Consumer {
       if (leader) empty[ring.stage()].arrive();
     }
   }
+  // All turns first: so no more than there are places, which the rows between the first and the last warpgroup's see to.
+  static_assert(64 * (C.consumers - 1) <= C.block_n * C.k_stages);
   __device__ __forceinline__ void skip_keys(int count) {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -352,8 +354,8 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) forward_sm90(const 
     ptx::give_registers<C.loader_registers()>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) load_queries<C>(params, shared);
-    if (warp == 1) load_keys<C>(params, shared, shared.k, params.k_map, params.head_dim, shared.k_full, shared.k_empty);
-    if (warp == 2) load_keys<C>(params, shared, shared.v, params.v_map, params.head_dim_v, shared.v_full, shared.v_empty);
+    if (warp == 1) load_keys<C, false>(params, shared, shared.k, params.k_map, params.head_dim, shared.k_full, shared.k_empty);
+    if (warp == 2) load_keys<C, true>(params, shared, shared.v, params.v_map, params.head_dim_v, shared.v_full, shared.v_empty);
     if (warp == 3) Storer<C>{params, shared}.run();
   } else {
     ptx::take_registers<C.consumer_registers()>();

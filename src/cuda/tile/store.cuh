@@ -9,7 +9,8 @@
 
 namespace tilewise::tile {
 
-// Writes a warpgroup's 64-row fragment, whose kPairs packed pairs `pair` gives. The copy engine may read it after a fence of each thread.
+// Writes a warpgroup's 64-row fragment, whose kPairs packed pairs `pair` gives in order. The copy engine may read it after a fence of each
+// thread.
 template <int kPairs, class T, class Pair>
 __device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
   static_assert(T::kRows == 64 && kPairs % 4 == 0 && kPairs * 4 <= T::kColumns);
@@ -17,12 +18,14 @@ __device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(tile.bytes));
 #pragma unroll
   for (int block = 0; block < kPairs / 4; ++block)  // of 16 columns: lanes 0 to 15 name the rows of the first 8, the others of the next
-    ptx::store_matrices(base + T::offset(row, 2 * block + lane / 16), pair(4 * block), pair(4 * block + 1), pair(4 * block + 2),
-                        pair(4 * block + 3));
+  {
+    const uint32_t x[4] = {pair(4 * block), pair(4 * block + 1), pair(4 * block + 2), pair(4 * block + 3)};  // in order
+    ptx::store_matrices(base + T::offset(row, 2 * block + lane / 16), x[0], x[1], x[2], x[3]);
+  }
 }
 
 // The rows of one sequence and head that are its own, from a tile that begins at `first_column` to global memory, by a map as load.cuh
-// describes it. One thread; the tile may be written again when wait_stored<n>() returns, n of this thread's stores later.
+// describes it. One thread; the tile may be written again when wait_stored<n>() returns, which waits for all but the last n.
 template <class T>
 __device__ __forceinline__ void store_rows(const T& tile, const void* map, long long row, int valid_rows, int head, int batch, int columns,
                                            int first_column = 0) {
