@@ -49,9 +49,11 @@ struct Problems : Cuda {
       // Two of seven on few SMs, with more to do, so that an SM goes from tile to tile as in large problems.
       const bool few = seed % 7 < 2;
       device_.units = few ? 2 + static_cast<int>(seed / 7 % 3) : units;
-      limits.max_products = few ? 10 * max_products : max_products;
+      limits.max_products = few ? 4 * max_products : max_products;
       Problem problem = reference::random_problem(seed, limits);
-      if (few && seed % 3 == 0) problem.head_dim = problem.head_dim_v = 136 + 8 * static_cast<int64_t>(seed % 16);
+      const int64_t wide = 136 + 8 * static_cast<int64_t>(seed % 16);
+      const double products = static_cast<double>(problem.batch * problem.num_heads_q * problem.seqlen_q) * problem.seqlen_k * wide;
+      if (few && products < 2 * limits.max_products) problem.head_dim = problem.head_dim_v = wide;
       problem.pass = pass;
       problem.deterministic = pass == Pass::kBackward && seed % 5 == 0;
       problem.accumulate = pass == Pass::kBackward && seed % 6 == 0;
