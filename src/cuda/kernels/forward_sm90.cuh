@@ -69,7 +69,8 @@ struct Consumer {
       if (leader) empty[ring.stage()].arrive();
     }
   }
-  // All turns first: so no more than there are places, which the rows between the first and the last warpgroup's see to.
+  // All turns are taken before a key is handed back, so there must be places for as many: what the first and the last warpgroup's rows see
+  // begins and ends no farther apart.
   static_assert(64 * (C.consumers - 1) <= C.block_n * C.k_stages);
   __device__ __forceinline__ void skip_keys(int count) {
 #pragma unroll 1
@@ -246,9 +247,9 @@ struct Consumer {
       lse[r] = sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2;
     }
   }
-  // The finished tile, from o to shared memory, where it is stored from. Its panels go through the common place one by one: meanwhile the
-  // next tile's exponentials are computed.
+  // Panels of o go through the common place one by one: between them the next tile's exponentials are computed.
   static constexpr bool kExponentialsBetween = !Shared::kOwnPlaces;
+  // The finished tile, from o to shared memory, where it is stored from.
   __device__ __forceinline__ void write(const Item& item, const float (&scale)[2], const float (&lse)[2]) {
     const int row = tile::this_lane().row;
     const uint32_t parity = item.part[part].result & 1;
@@ -275,7 +276,7 @@ struct Consumer {
   }
 
   // Whether a tile's sums are finished before its last product is issued, while the other warpgroup waits for its turn: with two of head
-  // dimension 64 that is 3 % faster (causal s512), elsewhere up to 3 % slower.
+  // dimension 64 that is 3 % faster (causal s512, H200), elsewhere up to 3 % slower.
   static constexpr bool kFinishFirst = C.head_dim == 64 && C.consumers == 2;
 
   // From the last block of a tile, or none, to the first scores of the next, or none. Where there are none, the tensor cores multiply
