@@ -233,10 +233,10 @@ struct Loader : Claims<C> {
   static __device__ __forceinline__ Rows make_rows(long long first, int count, int batch, bool packed) {
     return {ptx::uniform(static_cast<int>(first)), ptx::uniform(count), packed ? 0 : ptx::uniform(batch)};
   }
-  template <class T>
+  template <class Use, class T>
   static __device__ __forceinline__ void load(T& to, const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int row, int head,
                                               int columns) {
-    tile::load_rows(to, &map, full, rows.first + row, rows.count - row, head, rows.batch, columns);
+    tile::load_rows<Use>(to, &map, full, rows.first + row, rows.count - row, head, rows.batch, columns);
   }
   template <class T>
   __device__ __forceinline__ void load_keys(T (&to)[C.own_tiles()], const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int head,
@@ -244,7 +244,7 @@ struct Loader : Claims<C> {
     const int begin = ptx::uniform(work().n_begin) + 64 * this->rank();
     if (!ptx::elect()) return;
 #pragma unroll
-    for (int i = 0; i < C.own_tiles(); ++i) load(to[i], map, full, rows, begin + 64 * i, head, columns);
+    for (int i = 0; i < C.own_tiles(); ++i) load<tile::ReadOnce>(to[i], map, full, rows, begin + 64 * i, head, columns);
   }
   // Of a pair, the other's keys.
   __device__ __forceinline__ void load_other(const Rows& rows, int head) {
@@ -287,7 +287,7 @@ struct Loader : Claims<C> {
           const int m = walk.step(i), row = m * C.block_m;
           if constexpr (kQ) claim_next(left == kClaimAhead);
           const auto load_do = [&] {
-            load(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], queries, row, head, params.head_dim_v);
+            load<tile::ReadByMany>(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], queries, row, head, params.head_dim_v);
           };
           if constexpr (C.roles && kDo) {  // before q, whose place is free later
             shared.do_empty[at.stage].wait(at.parity ^ 1);
@@ -297,7 +297,7 @@ struct Loader : Claims<C> {
             tile::Barrier& full = shared.q_full[at.stage];
             shared.q_empty[at.stage].wait(at.parity ^ 1);
             if (ptx::elect()) {
-              load(shared.q[at.stage], params.q_map, full, queries, row, head, params.head_dim);
+              load<tile::ReadByMany>(shared.q[at.stage], params.q_map, full, queries, row, head, params.head_dim);
               if constexpr (!C.roles) load_do();
               full.arrive_and_expect(sizeof(shared.rows[0]));
               ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
