@@ -255,10 +255,11 @@ __global__ void rows_kernel(const float* scores, int blocks, float* out) {
       rows.shrink(s);
       kept = false;
     }
+    float sum[2];
+    row_sums(rows.sum, sum);
     for (int r = 0; r < 2; ++r) {
       float* row = out + (block * 64 + lane.row + 8 * r) * 3;
-      const float sum = row_sum(rows.sum[r]);
-      if (lane.column == 0) row[0] = rows.max[r], row[1] = sum, row[2] = kept;
+      if (lane.column == 0) row[0] = rows.max[r], row[1] = sum[r], row[2] = kept;
     }
   }
 }

@@ -8,6 +8,8 @@
 // Every tile is computed by one CTA in one order, whatever else runs: results repeat bit by bit.
 #pragma once
 
+#include <cfloat>
+
 #include "core/mask.h"
 #include "cuda/kernels/forward_memory.cuh"
 #include "cuda/kernels/params.h"
@@ -231,20 +233,29 @@ struct Consumer {
     accumulate = true;
   }
 
-  // What is left of a tile's rows: the factor of o, and lse.
+  // What is left of a tile's rows: the factor of o, and lse. Of both rows step by step: each instruction waits for the one before.
   __device__ __forceinline__ void finish(const Item& item, float (&scale)[2], float (&lse)[2]) {
+    float sum[2], max[2], shrink[2];
+    tile::row_sums(rows.sum, sum);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) max[r] = rows.max[r], shrink[r] = 1;
+    if (params.sink) {
+      const float sink = params.sink[item.head] * kLog2e;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float both = fmaxf(max[r], sink);
+        shrink[r] = both == -INFINITY ? 0 : ptx::exp2(max[r] - both);
+        sum[r] = both == -INFINITY ? 0 : sum[r] * shrink[r] + ptx::exp2(sink - both);
+        max[r] = both;
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = tile::row_sum(rows.sum[r]), max = rows.max[r], shrink = 1;
-      if (params.sink) {
-        const float sink = params.sink[item.head] * kLog2e, both = fmaxf(max, sink);
-        shrink = both == -INFINITY ? 0 : ptx::exp2(max - both);
-        sum = both == -INFINITY ? 0 : sum * shrink + ptx::exp2(sink - both);
-        max = both;
-      }
-      // A sum of 0 means that nothing was visible; NaN stays NaN, and a row that outgrew float becomes NaN, to be computed anew.
-      scale[r] = sum == 0 ? 0 : sum == INFINITY ? NAN : shrink * ptx::reciprocal(sum);
-      lse[r] = sum == 0 ? -INFINITY : (max + ptx::log2(sum)) * kLn2;
+      // A sum of 0 means that nothing was visible: o is 0, any finite factor will do, and the logarithm is -inf. NaN is in o too, and a row
+      // that outgrew float becomes NaN, to be computed anew.
+      const float inverse = shrink[r] * ptx::reciprocal(fmaxf(sum[r], FLT_MIN)), log = ptx::log2(sum[r]);
+      scale[r] = sum[r] == INFINITY ? NAN : inverse;
+      lse[r] = (max[r] + log) * kLn2;
     }
   }
   // Panels of o go through the common place one by one: between them the next tile's exponentials are computed.

@@ -12,14 +12,14 @@
 
 namespace tilewise::tile {
 
-// Four of a row's threads sum or compare to one value.
+// Four of a row's threads compare or sum to one value; the sums of both rows step by step.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
+__device__ __forceinline__ void row_sums(const float (&x)[2], float (&sum)[2]) {
+  for (int r = 0; r < 2; ++r) sum[r] = x[r] + __shfl_xor_sync(0xffffffff, x[r], 1);
+  for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(0xffffffff, sum[r], 2);
 }
 
 template <int kCount>
