@@ -1,6 +1,8 @@
 // Clauses of the contract that a comparison with float64 does not show.
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "common.h"
 
@@ -100,21 +102,30 @@ TEST_F(Contract, ScoresMayRiseAtTheEnd) {
 }
 
 TEST_F(Contract, ScoresMayOutgrowFloatWithinABlock) {
-  // Equal keys all along, but one block with scores 2^125 times the others': each exponential is finite under the old maximum, their sum
-  // is not. And further: neither is.
-  for (const float growth : {125.f, 200.f}) {
+  // Equal keys all along, but one block, or one key of it, with scores 2^125 times the others': each exponential is finite under the old
+  // maximum, their sum is not. Further: the factor that would bring them back is not a normal number. And further: no exponential is
+  // finite.
+  for (const auto& [growth, last] : std::vector<std::pair<float, int>>{{125.f, 256},
+                                                                       {126.5f, 256},
+                                                                       {127.f, 256},
+                                                                       {127.5f, 256},
+                                                                       {200.f, 256},
+                                                                       {125.f, 129},
+                                                                       {126.5f, 129},
+                                                                       {127.f, 129},
+                                                                       {127.5f, 129}}) {
     Trial t = trial("q64 k512 h1 d64 bf16 scale=1");
     const TensorView &q = t.host_arguments().q, &k = t.host_arguments().k;
     for (int64_t row = 0; row < 64; ++row)
       for (int64_t d = 0; d < 64; ++d) reference::write_element(q.data, q.dtype, row * q.stride[1] + d, d == 0 ? 1 : 0);
     for (int64_t key = 0; key < 512; ++key)
       for (int64_t d = 0; d < 64; ++d)
-        reference::write_element(k.data, k.dtype, key * k.stride[1] + d, d == 0 && key / 128 == 1 ? growth * 0.6931472f : 0);
+        reference::write_element(k.data, k.dtype, key * k.stride[1] + d, d == 0 && key >= 128 && key < last ? growth * 0.6931472f : 0);
     t.upload().check();
     t.run().check();
     const Result<reference::Report> report = t.compare();
     ASSERT_TRUE(report.ok()) << report.status().message();
-    EXPECT_TRUE(report->pass) << growth << ": " << report->first_failure;
+    EXPECT_TRUE(report->pass) << growth << " to " << last << ": " << report->first_failure;
   }
 }
 
@@ -131,6 +142,29 @@ TEST_F(Contract, RowsThatSeeNothingStayZeroBesideValuesThatAreNotFinite) {
     else
       ASSERT_TRUE(std::isnan(value)) << query;
   }
+}
+
+TEST_F(Contract, SinksThatAreNotFinite) {
+  constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
+  for (const char* dims : {"64", "128", "256"})
+    for (const float sink : {kInf, kNan, -kInf}) {
+      Trial t = trial("q100 k90 h1 d" + std::string(dims) + " bf16 causal sink");  // queries 0 to 9 see nothing
+      static_cast<float*>(t.host_arguments().sink.data)[0] = sink;
+      t.upload().check();
+      t.run().check();
+      t.download().check();
+      const auto* lse = static_cast<const float*>(t.host_arguments().lse.data);
+      for (int64_t query = 0; query < 100; ++query) {
+        const float value = get(t.host_arguments().o, 0, query, 0, 3);
+        if (query < 10) {
+          ASSERT_EQ(value, 0) << sink << " query " << query;
+          ASSERT_TRUE(std::isnan(sink) ? std::isnan(lse[query]) : lse[query] == sink) << sink << " query " << query;
+        } else {
+          ASSERT_EQ(std::isnan(value), sink != -kInf) << sink << " query " << query;
+          ASSERT_EQ(std::isnan(lse[query]), sink != -kInf) << sink << " query " << query;
+        }
+      }
+    }
 }
 
 TEST_F(Contract, WhatTheCopyEngineCannotReadIsRefused) {

@@ -243,18 +243,18 @@ struct Consumer {
       const float sink = params.sink[item.head] * kLog2e;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float both = fmaxf(max[r], sink);
-        shrink[r] = both == -INFINITY ? 0 : ptx::exp2(max[r] - both);
-        sum[r] = both == -INFINITY ? 0 : sum[r] * shrink[r] + ptx::exp2(sink - both);
+        const float both = fmaxf(max[r], sink), shift = both == -INFINITY ? 0 : both;
+        shrink[r] = ptx::exp2(max[r] - shift);
+        sum[r] = sum[r] * shrink[r] + ptx::exp2(sink - shift);
         max[r] = both;
       }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // A sum of 0 means that nothing was visible: o is 0, any finite factor will do, and the logarithm is -inf. NaN is in o too, and a row
-      // that outgrew float becomes NaN, to be computed anew.
+      // A sum of 0 means that nothing was visible: o is 0, any finite factor will do, and the logarithm is -inf. Where the sum is not
+      // finite, as in a row that outgrew float, the row becomes NaN, to be computed anew.
       const float inverse = shrink[r] * ptx::reciprocal(fmaxf(sum[r], FLT_MIN)), log = ptx::log2(sum[r]);
-      scale[r] = sum[r] == INFINITY ? NAN : inverse;
+      scale[r] = sum[r] < INFINITY ? inverse : NAN;
       lse[r] = (max[r] + log) * kLn2;
     }
   }

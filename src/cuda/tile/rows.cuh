@@ -3,7 +3,7 @@
 // A row's state is (max, sum) with the meaning sum_j 2^(s_j - max) so far. `max` need not be the largest score: any value that keeps
 // 2^(s - max) inside float and the operand type gives the same quotients o / sum, rounded alike. So a block is taken with the old max,
 // which needs no maximum over its scores; where the block's sum shows that a row has outgrown it, the exponentials, not the scores, are
-// scaled down. Only a row that grows by more than 2^117 within one block overflows: its sum then is infinite, and stays so.
+// scaled down. Only a row that grows by more than 2^117 within one block may overflow: its sum then is not finite, and stays so.
 #pragma once
 
 #include "core/mask.h"
@@ -12,13 +12,16 @@
 
 namespace tilewise::tile {
 
-// Four of a row's threads compare or sum to one value; the sums of both rows step by step.
+// Four of a row's threads compare to one value.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
+// And sum, both rows step by step.
 __device__ __forceinline__ void row_sums(const float (&x)[2], float (&sum)[2]) {
+#pragma unroll
   for (int r = 0; r < 2; ++r) sum[r] = x[r] + __shfl_xor_sync(0xffffffff, x[r], 1);
+#pragma unroll
   for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(0xffffffff, sum[r], 2);
 }
 
@@ -100,7 +103,7 @@ struct Rows {
       // Consistent with the max as it is rounded.
       const float now = largest[r] > 1 && largest[r] < INFINITY ? shift[r] + log2f(largest[r]) : shift[r];
       largest[r] = ptx::exp2(shift[r] - now);
-      sum[r] *= largest[r];
+      sum[r] = largest[r] > 0 ? sum[r] * largest[r] : INFINITY;  // 2^-126 and below is 0: the row loses what made it grow
       rescale[r] *= largest[r];
       if (max[r] > -INFINITY) max[r] = shift[r] = now;
     }
