@@ -13,16 +13,14 @@
 namespace tilewise::cuda {
 namespace {
 
-// The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill. Above 128 there are two of each:
-// pairs of CTAs, and what is deterministic.
-constexpr int kRows = 36;
+// The narrowest row that fits is the fastest; every row computes smaller head dimensions by zero fill.
+constexpr int kRows = 24;
 const std::array<BackwardRow, kRows>& table() {
   static const std::array<BackwardRow, kRows> kTable = [] {
     std::array<BackwardRow, kRows> rows;
     auto next = rows.begin();
     for (const auto& shape : {backward_rows<Backward64>(), backward_rows<Backward96>(), backward_rows<Backward128>(),
-                              backward_rows<Backward192x128Pair>(), backward_rows<Backward192x128>(), backward_rows<Backward192Pair>(),
-                              backward_rows<Backward192>(), backward_rows<Backward256Pair>(), backward_rows<Backward256>()})
+                              backward_rows<Backward192x128>(), backward_rows<Backward192>(), backward_rows<Backward256>()})
       next = std::copy(shape.begin(), shape.end(), next);
     return rows;
   }();
@@ -33,7 +31,6 @@ std::string name_of(const BackwardConfig& c) {
   std::string name = c.element == ptx::Element::kBFloat16 ? "backward_sm90_bf16_d" : "backward_sm90_fp16_d";
   name += std::to_string(c.head_dim);
   if (c.head_dim_v != c.head_dim) name += "_" + std::to_string(c.head_dim_v);
-  if (c.pair) name += "_pair";
   return c.modified ? name + "_modified" : name;
 }
 
@@ -85,12 +82,12 @@ struct Workspace {
     const Counts counts(p, c, device);
     const auto count = static_cast<size_t>(counts.all_tiles), head_dim = static_cast<size_t>(c.head_dim);
     const auto aligned = [](size_t bytes_) { return round_up(bytes_, size_t{256}); };
-    rows =
-        aligned(static_cast<size_t>(counts.ring * (p.num_heads_q / p.num_heads_kv) * counts.q_tiles) * kBlockM * head_dim * sizeof(float));
+    rows = aligned(static_cast<size_t>(counts.ring * (p.num_heads_q / p.num_heads_kv) * counts.q_tiles) * kBlockM *
+                   static_cast<size_t>(c.sum_columns(p.deterministic)) * sizeof(float));
     addends = rows + aligned(c.addends ? 0 : count * kRowFloats * sizeof(float));
     dsink_sum = addends + aligned(c.addends ? count * kAddendBytes : 0);
     turn = dsink_sum + aligned(count * sizeof(float));
-    spoilt = turn + aligned(count * sizeof(int));
+    spoilt = turn + aligned(count * static_cast<size_t>(c.ctas()) * sizeof(int));
     spoilt_keys = spoilt + aligned(count * (head_dim / 32) * sizeof(SpoiltRows));
     progress = spoilt_keys + aligned(static_cast<size_t>(counts.all_key_tiles) * sizeof(SpoiltKeys));
     counters = progress + aligned(static_cast<size_t>(counts.units) * sizeof(Progress));
@@ -102,8 +99,6 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   const BackwardConfig& c = row.config;
   if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
   if (device.units < c.ctas()) return "needs two SMs";
-  if (c.pair && p.deterministic) return "adds to dq in no fixed order";
-  if (c.roles && !c.pair && !p.deterministic) return "is for deterministic gradients";
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
   if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
   if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
@@ -228,6 +223,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.claims = static_cast<int>(counts.claims);
   r.ring = static_cast<int>(counts.ring);
   r.tiles = counts.tiles;
+  r.sum_columns = c.sum_columns(p.deterministic);
   r.key_tiles = counts.key_tiles;
   char* workspace = static_cast<char*>(a.workspace);
   const Workspace at(p, c, device);

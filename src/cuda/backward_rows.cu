@@ -17,7 +17,7 @@ struct Row {
   }
   static constexpr BackwardConfig kConfig = make();
   static const void* kernel() {
-    if constexpr (kConfig.roles)
+    if constexpr (kConfig.pair)
       return reinterpret_cast<const void*>(backward_roles<Row>);
     else
       return reinterpret_cast<const void*>(backward_sm90<Row>);

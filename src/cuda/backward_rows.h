@@ -14,24 +14,18 @@ namespace tilewise::cuda {
   struct name {                                          \
     static constexpr BackwardConfig kShape{__VA_ARGS__}; \
   };
-TW_BACKWARD_SHAPE(Backward64, .head_dim = 64, .head_dim_v = 64, .block_m = 128, .mains = 2, .stages = 3, .dq_columns = 64, .roles = false,
+TW_BACKWARD_SHAPE(Backward64, .head_dim = 64, .head_dim_v = 64, .block_m = 128, .mains = 2, .stages = 3, .dq_columns = 64,
                   .main_registers = 208, .dq_registers = 64, .addends = true, .pace = 1)
-TW_BACKWARD_SHAPE(Backward96, .head_dim = 96, .head_dim_v = 96, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 96, .roles = false,
+TW_BACKWARD_SHAPE(Backward96, .head_dim = 96, .head_dim_v = 96, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 96,
                   .main_registers = 192, .dq_registers = 96, .addends = true)
-TW_BACKWARD_SHAPE(Backward128, .head_dim = 128, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64, .roles = false,
+TW_BACKWARD_SHAPE(Backward128, .head_dim = 128, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64,
                   .main_registers = 208, .dq_registers = 64, .addends = true)
-TW_BACKWARD_SHAPE(Backward192x128, .head_dim = 192, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 4, .dq_columns = 64,
-                  .roles = true, .main_registers = 208, .dq_registers = 64)
-TW_BACKWARD_SHAPE(Backward192, .head_dim = 192, .head_dim_v = 192, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64, .roles = true,
-                  .main_registers = 208, .dq_registers = 64)
-TW_BACKWARD_SHAPE(Backward256, .head_dim = 256, .head_dim_v = 256, .block_m = 64, .mains = 2, .stages = 2, .dq_columns = 64, .roles = true,
-                  .main_registers = 208, .dq_registers = 64)
-TW_BACKWARD_SHAPE(Backward192x128Pair, .head_dim = 192, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64,
-                  .roles = true, .main_registers = 208, .dq_registers = 64, .pair = true)
-TW_BACKWARD_SHAPE(Backward192Pair, .head_dim = 192, .head_dim_v = 192, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64,
-                  .roles = true, .main_registers = 208, .dq_registers = 64, .pair = true)
-TW_BACKWARD_SHAPE(Backward256Pair, .head_dim = 256, .head_dim_v = 256, .block_m = 64, .mains = 2, .stages = 2, .dq_columns = 64,
-                  .roles = true, .main_registers = 208, .dq_registers = 64, .pair = true)
+TW_BACKWARD_SHAPE(Backward192x128, .head_dim = 192, .head_dim_v = 128, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64,
+                  .main_registers = 208, .dq_registers = 64, .pair = true)
+TW_BACKWARD_SHAPE(Backward192, .head_dim = 192, .head_dim_v = 192, .block_m = 64, .mains = 2, .stages = 3, .dq_columns = 64,
+                  .main_registers = 208, .dq_registers = 64, .pair = true)
+TW_BACKWARD_SHAPE(Backward256, .head_dim = 256, .head_dim_v = 256, .block_m = 64, .mains = 2, .stages = 2, .dq_columns = 64,
+                  .main_registers = 208, .dq_registers = 64, .pair = true)
 #undef TW_BACKWARD_SHAPE
 
 struct BackwardRow {

@@ -114,7 +114,7 @@ TEST_F(Problems, EveryBackwardRowRuns) {
         names.insert(std::string(plan->kernel()));
         EXPECT_TRUE(verify(problem, 1, Layout::kBshd));
       }
-  EXPECT_EQ(names.size(), 36u);  // pairs of CTAs are not deterministic
+  EXPECT_EQ(names.size(), 24u);
 }
 
 }  // namespace

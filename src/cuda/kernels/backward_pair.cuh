@@ -35,11 +35,12 @@ struct Exchange : Claims<C> {
 template <BackwardConfig C>
 struct PairQueryGradients : QueryGradients<C> {
   using Base = QueryGradients<C>;
-  using Base::kPasses, Base::kThreads, Base::kWidth, Base::params, Base::shared, Base::slot, Base::thread, Base::work;
+  using Base::kPasses, Base::kThreads, Base::kWidth, Base::parity, Base::params, Base::shared, Base::slot, Base::thread, Base::work;
   static_assert(kWidth == 64 && C.tiles() == 1);  // a panel of K
   const int rank = ptx::uniform(Claims<C>::rank());
-  tile::Ring<kSlots> other_slot;  // where the other CTA has its next ds
-  tile::Ring<1> other_ds;         // and its place here
+  const int own = params.deterministic ? rank * (kPasses - C.ctas()) : 0;  // from panels of dq to those of sums that this CTA adds alone
+  tile::Ring<kSlots> other_slot;                                           // where the other CTA has its next ds
+  tile::Ring<1> other_ds;                                                  // and its place here
 
   // begin, end: this CTA's steps, and the other's. Columns that each adds for itself come first, so that the other's ds has time to come.
   __device__ __forceinline__ void add_step(float* sum, int m, const int (&begin)[2], const int (&end)[2], bool last) {
@@ -72,9 +73,14 @@ struct PairQueryGradients : QueryGradients<C> {
           other_ds.advance();
         }
       }
-      Base::add(sum + panel * (kWidth / 8) * kThreads * 4, dq);
+      if (params.deterministic && (for_both ? !mine : pass == C.ctas())) {  // before the step's first additions
+        shared.my_turn.wait(parity);
+        parity ^= 1;
+      }
+      Base::add(sum + (for_both ? panel : panel + own) * (kWidth / 8) * kThreads * 4, dq);
     }
     __syncwarp();
+    if (params.deterministic) shared.added.arrive_if(leader);
   }
   __device__ __forceinline__ void run() {
     Base::run_works([&] {

@@ -196,33 +196,30 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
   if (threadIdx.x == 0) shared.init_barriers(params.deterministic);
   shared.clear_columns(params.head_dim, params.head_dim_v);
   __syncthreads();
-  if constexpr (C.pair) ptx::cluster_sync();
+  ptx::cluster_sync();
   ptx::launch_dependents();
-  const auto leave = [] {  // the other of a pair may still want something of this one's memory
-    if constexpr (Row::kConfig.pair) ptx::cluster_sync();
-  };
+  const auto leave = [] { ptx::cluster_sync(); };  // the other CTA may still want something of this one's memory
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128);
   if (warpgroup == 3) {
     ptx::give_registers<kLoaderRegisters>();
     const int thread = static_cast<int>(threadIdx.x) % 128;
-    if constexpr (C.pair) {
-      if (thread < 32) Loader<C>{{params, shared}}.template run<true, false>();
-      if (thread >= 32 && thread < 64) Loader<C>{{params, shared}}.template run<false, true>();
-      if (thread == 64) Exchange<C>{{params, shared}}.run();
-    } else {  // deterministic: see refusal() in backward.cpp
+    if (params.deterministic) {  // a warp for turns instead of a second one that loads
       if (thread < 32) Loader<C>{{params, shared}}.template run<true, true>();
       if (thread == 32) Turns<C>{{params, shared}}.template run<true>();
-      if (thread == 64) Turns<C>{{params, shared}}.template run<false>();
+    } else {
+      if (thread < 32) Loader<C>{{params, shared}}.template run<true, false>();
+      if (thread >= 32 && thread < 64) Loader<C>{{params, shared}}.template run<false, true>();
     }
+    if (thread == 64)
+      Exchange<C>{{params, shared}}.run();
+    else if (thread == 65 && params.deterministic)
+      Turns<C>{{params, shared}}.template run<false>();
     if (thread >= 96) Claimer<C>{params, shared}.run();
     __syncwarp();
     leave();
   } else if (warpgroup == 0) {
     ptx::give_registers<C.dq_registers>();
-    if constexpr (C.pair)
-      PairQueryGradients<C>{{{params, shared}}}.run();
-    else
-      QueryGradients<C>{{params, shared}}.run();
+    PairQueryGradients<C>{{{params, shared}}}.run();
     leave();
   } else {
     ptx::take_registers<C.main_registers>();

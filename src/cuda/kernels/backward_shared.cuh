@@ -65,9 +65,9 @@ struct BackwardShared {
   __device__ __forceinline__ void init_barriers(bool deterministic) {
     for (int i = 0; i < 2; ++i) {
       work_full[i].init(32);
-      // The warpgroups, and a warp that loads; deterministic also threads that watch turns and tell them; of pairs another warp that loads
-      // and a thread that exchanges.
-      work_empty[i].init(128 * (C.mains + 1) + (deterministic ? 34 : C.pair ? 65 : 32));
+      // The warpgroups, and a warp that loads; deterministic also threads that watch turns and tell them, else of pairs another warp that
+      // loads; of pairs a thread that exchanges.
+      work_empty[i].init(128 * (C.mains + 1) + 32 + (deterministic ? 2 : C.pair ? 32 : 0) + (C.pair ? 1 : 0));
     }
     claim_next.init(C.ctas());
     keys_empty.init(4 + 128 * C.mains);  // dq's warps have used k for the last time, all main threads have seen k and v come
@@ -81,7 +81,7 @@ struct BackwardShared {
       q_full[i].init(2);  // the tile and the rows
       do_full[i].init(1);
       // Warps or threads that have used it; of roles, of the one that is last.
-      q_empty[i].init(C.roles ? 128 : (C.addends ? 4 : 128) * C.mains);
+      q_empty[i].init(C.pair ? 128 : (C.addends ? 4 : 128) * C.mains);
       do_empty[i].init(4 * C.mains);
     }
     for (int i = 0; i < kSlots; ++i) p_full[i].init(128);
@@ -90,7 +90,7 @@ struct BackwardShared {
     told.init(1);
     for (int i = 0; i < kSlots; ++i)
       for (int j = 0; j < C.own_tiles(); ++j) {
-        ds_full[i][j].init(C.roles ? 128 : 4);
+        ds_full[i][j].init(C.pair ? 128 : 4);
         ds_empty[i][j].init(4 * C.ctas());
       }
     other_k_full.init(1);
@@ -110,7 +110,7 @@ struct Claims {
   __device__ __forceinline__ const BackwardWork& work() const { return shared.work[place.stage()]; }
   // Steps come from the last one on: all blocks of keys that see it begin there and read the same queries at the same time. Not of roles
   // (measured), nor where the order of additions to dq matters: blocks that begin at different steps need not wait for one another.
-  __device__ __forceinline__ bool falling() const { return !C.roles && !params.deterministic; }
+  __device__ __forceinline__ bool falling() const { return !C.pair && !params.deterministic; }
   // Through a range of steps; `whole`: all keys of the block are there, else every step is at the edge. Its values are known to be the same
   // in all lanes.
   __device__ __forceinline__ Walk walk(const BlockRange& range, bool whole) const {
@@ -233,10 +233,10 @@ struct Loader : Claims<C> {
   static __device__ __forceinline__ Rows make_rows(long long first, int count, int batch, bool packed) {
     return {ptx::uniform(static_cast<int>(first)), ptx::uniform(count), packed ? 0 : ptx::uniform(batch)};
   }
-  template <class Use, class T>
+  template <class T>
   static __device__ __forceinline__ void load(T& to, const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int row, int head,
                                               int columns) {
-    tile::load_rows<Use>(to, &map, full, rows.first + row, rows.count - row, head, rows.batch, columns);
+    tile::load_rows(to, &map, full, rows.first + row, rows.count - row, head, rows.batch, columns);
   }
   template <class T>
   __device__ __forceinline__ void load_keys(T (&to)[C.own_tiles()], const CUtensorMap& map, tile::Barrier& full, const Rows& rows, int head,
@@ -244,7 +244,7 @@ struct Loader : Claims<C> {
     const int begin = ptx::uniform(work().n_begin) + 64 * this->rank();
     if (!ptx::elect()) return;
 #pragma unroll
-    for (int i = 0; i < C.own_tiles(); ++i) load<tile::ReadOnce>(to[i], map, full, rows, begin + 64 * i, head, columns);
+    for (int i = 0; i < C.own_tiles(); ++i) load(to[i], map, full, rows, begin + 64 * i, head, columns);
   }
   // Of a pair, the other's keys.
   __device__ __forceinline__ void load_other(const Rows& rows, int head) {
@@ -287,9 +287,9 @@ struct Loader : Claims<C> {
           const int m = walk.step(i), row = m * C.block_m;
           if constexpr (kQ) claim_next(left == kClaimAhead);
           const auto load_do = [&] {
-            load<tile::ReadByMany>(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], queries, row, head, params.head_dim_v);
+            load(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], queries, row, head, params.head_dim_v);
           };
-          if constexpr (C.roles && kDo) {  // before q, whose place is free later
+          if constexpr (C.pair && kDo) {  // before q, whose place is free later
             shared.do_empty[at.stage].wait(at.parity ^ 1);
             if (ptx::elect()) load_do();
           }
@@ -297,8 +297,8 @@ struct Loader : Claims<C> {
             tile::Barrier& full = shared.q_full[at.stage];
             shared.q_empty[at.stage].wait(at.parity ^ 1);
             if (ptx::elect()) {
-              load<tile::ReadByMany>(shared.q[at.stage], params.q_map, full, queries, row, head, params.head_dim);
-              if constexpr (!C.roles) load_do();
+              load(shared.q[at.stage], params.q_map, full, queries, row, head, params.head_dim);
+              if constexpr (!C.pair) load_do();
               full.arrive_and_expect(sizeof(shared.rows[0]));
               ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, shared.rows[at.stage],
                                          rows + static_cast<long long>(m) * sizeof(shared.rows[0]), sizeof(shared.rows[0]), &full.state);
@@ -327,7 +327,7 @@ struct Turns : Claims<C> {
       for (int head = 0; head < params.group; ++head)
 #pragma unroll 1
         for (int m = work().all.begin; m < work().all.end; ++m, parity ^= 1) {
-          int* turn = params.turn + tile_index<C>(params, work(), head, m);
+          int* turn = params.turn + tile_index<C>(params, work(), head, m) * C.ctas() + this->rank();
           if (kWatch) {
             const int mine = turn_of(work().part.band, m, work().n_block, C.block_m, C.block_n());
             while (ptx::load_acquire(turn) != mine) __nanosleep(20);

@@ -47,7 +47,7 @@ struct Share {
     head = share.head + member;
     spoilt_tile = head * params.tiles + first + tile;
     const long long place = share.first_sum + member * params.q_tiles + (packed ? first : 0) + tile;
-    sums = reinterpret_cast<float4*>(params.dq_sum + (place * C.head_dim + column()) * kBlockM) + thread;
+    sums = reinterpret_cast<float4*>(params.dq_sum + (place * sum_columns<C>(params) + column()) * kBlockM) + thread;
     return true;
   }
   // 32 columns of sums, as the tensor cores hold them.
@@ -58,11 +58,25 @@ struct Share {
       to[4 * i] = four.x, to[4 * i + 1] = four.y, to[4 * i + 2] = four.z, to[4 * i + 3] = four.w;
     }
   }
+  // Where both CTAs of a pair have sums of the 8 columns from column() + 8 * i on: from the first's to the second's.
+  static constexpr int kToSecond = C.own_columns() / 8 * kThreads;
+  __device__ __forceinline__ bool twice(int i) const {
+    return C.pair && params.deterministic && column() + 8 * i >= C.head_dim - C.own_columns();
+  }
+  // 32 columns of the present piece's sums.
+  __device__ __forceinline__ void read_sums(int i, float (&to)[16]) const {
+    read(sums + i * 4 * kThreads, to);
+    if (!twice(4 * i)) return;
+    float second[16];
+    read(sums + i * 4 * kThreads + kToSecond, second);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) to[j] += second[j];
+  }
   __device__ __forceinline__ void load() {
     sums = nullptr;
     if (!more() || !find()) return;
 #pragma unroll
-    for (int i = 0; i < kColumns / 32; ++i) read(sums + i * 4 * kThreads, x[i]);
+    for (int i = 0; i < kColumns / 32; ++i) read_sums(i, x[i]);
   }
   __device__ __forceinline__ void store() const {
     if (!sums) return;
@@ -83,7 +97,10 @@ struct Share {
       }
     if (!share.again) return;
 #pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) sums[i * kThreads] = make_float4(0, 0, 0, 0);
+    for (int i = 0; i < kColumns / 8; ++i) {
+      sums[i * kThreads] = make_float4(0, 0, 0, 0);
+      if (twice(i)) sums[i * kThreads + kToSecond] = make_float4(0, 0, 0, 0);
+    }
   }
   // Where rows may not be finite, or gradients are added to: the postprocess kernel is told which rows to look after.
   __device__ __forceinline__ void store_carefully() const {
@@ -91,7 +108,7 @@ struct Share {
 #pragma unroll 1
     for (int i = 0; i < kColumns / 32; ++i) {
       float part[16];
-      read(sums + i * 4 * kThreads, part);
+      read_sums(i, part);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const unsigned rows = tile::infinite_rows(part, r);

@@ -28,7 +28,7 @@ template <BackwardConfig C>
 struct KeyGradients : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
   const int part;                                                   // which warpgroup
-  const int own = C.roles ? 0 : part;                               // which 64 keys of the CTA
+  const int own = C.pair ? 0 : part;                                // which 64 keys of the CTA
   const int keys = C.pair ? ptx::uniform(Claims<C>::rank()) : own;  // and of the work
   const bool leader = threadIdx.x % 32 == 0;
 
@@ -140,7 +140,7 @@ struct KeyGradients : Claims<C> {
       const float delta[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int n = 0; n < 8; ++n) dp[8 * j + n] += delta[n / 4 * 2 + n % 2];
-      if constexpr (C.modified && !C.roles) {
+      if constexpr (C.modified && !C.pair) {
         const uint4 packed = my_place(j);
         const uint32_t slopes[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
@@ -186,7 +186,7 @@ struct KeyGradients : Claims<C> {
 #pragma unroll
     for (int step = 0; step < C.block_m / 16; ++step) ptx::store_matrices_transposed(at + step * 16 * 128, p + 4 * step);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    if constexpr (C.roles) {
+    if constexpr (C.pair) {
       shared.ds_full[slot.stage()][own].arrive();  // every lane, for the p that it has read
     } else {
       __syncwarp();

@@ -125,8 +125,8 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, Forwar
       if (empty >> part & 1) continue;
       shared.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
       if (ptx::elect())
-        tile::load_rows<tile::ReadOnce>(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], q_row + row, length - row,
-                                        head, batch, params.head_dim);
+        tile::load_rows(shared.q[q_ring.stage()], &params.q_map, shared.q_full[q_ring.stage()], q_row + row, length - row, head, batch,
+                        params.head_dim);
       q_ring.advance();
     }
   }
@@ -152,8 +152,8 @@ __device__ __forceinline__ void load_keys(const ForwardParams& params, ForwardSh
       empty[ring.stage()].wait(ring.parity() ^ 1);
       if (kValues && first) shared.begun.wait(0);
       const int row = block * C.block_n;
-      tile::load_rows<tile::ReadByMany>(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row,
-                                        item.sequence.seqlen_k - row, head, batch, columns);
+      tile::load_rows(tiles[ring.stage()], &map, full[ring.stage()], item.sequence.k_row + row, item.sequence.seqlen_k - row, head, batch,
+                      columns);
       if (!first) continue;
       first = false;
       full[0].wait(0);

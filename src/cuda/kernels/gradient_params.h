@@ -22,18 +22,22 @@ struct BackwardConfig {
   int mains;                         // main warpgroups, of 64 keys each
   int stages;                        // steps' q and do in shared memory
   int dq_columns;                    // columns of dq that are multiplied at once
-  bool roles;                        // two main warpgroups have the same 64 keys: one dv, the other dk (backward_roles.cuh)
   int main_registers, dq_registers;  // per thread of a main warpgroup and of the dq warpgroup
   bool addends = false;              // the products subtract lse and delta, as further columns; else threads do
   int pace = 0;                      // clocks between additions to dq, so that they do not block everyone's way to shared memory
-  bool pair = false;                 // two CTAs take 128 keys, 64 each, and exchange ds (backward_pair.cuh)
-  bool modified = false;             // softcap or ALiBi
+  // Two CTAs take 128 keys, 64 each, and exchange ds (backward_pair.cuh); the two main warpgroups of each have the same keys: one dv, the
+  // other dk (backward_roles.cuh).
+  bool pair = false;
+  bool modified = false;                                                  // softcap or ALiBi
   TW_HD constexpr int ctas() const { return pair ? 2 : 1; }               // that do a work
-  TW_HD constexpr int own_tiles() const { return roles ? 1 : mains; }     // 64 keys each, of a CTA
+  TW_HD constexpr int own_tiles() const { return pair ? 1 : mains; }      // 64 keys each, of a CTA
   TW_HD constexpr int key_tiles() const { return ctas() * own_tiles(); }  // and of a work
   TW_HD constexpr int tiles() const { return block_m / kBlockM; }
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
   TW_HD constexpr int threads() const { return 128 * (mains + 2); }
+  // Columns of dq that each CTA of a pair adds for itself, and of a tile of sums: where their order matters, both have theirs.
+  TW_HD constexpr int own_columns() const { return pair ? head_dim - 2 * dq_columns : 0; }
+  TW_HD constexpr int sum_columns(bool deterministic) const { return head_dim + (deterministic ? own_columns() : 0); }
 };
 
 // Rows of a tile of gradients that are not finite: a warp has 16 of them, and four bits for each of its first and last 8.
@@ -92,13 +96,14 @@ struct BackwardParams {
   // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
   // others read first.
   long long tiles, key_tiles;  // of one head in the workspace
-  float* dq_sum;               // [ring][head of the group][tile][head_dim / 8][128 threads][4]: as the tensor cores hold accumulators
+  int sum_columns;             // of a tile of dq's sums
+  float* dq_sum;               // [ring][head of the group][tile][sum_columns / 8][128 threads][4]: as the tensor cores hold accumulators
   float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
   unsigned char* addends;      // [head][step][2][block_m] rows of 16 bfloat16, of which the sum of three is -lse / scale, and -delta; or
                                // null, where rows are used
   float* dsink_sum;            // [head][tile]
   long long zeros;             // 16 bytes each, from `turn` on: what begins with 0
-  int* turn;                   // [head][tile]: how many blocks of keys have added to dq, where their order matters
+  int* turn;                   // [head][tile][CTA of a pair]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt_keys;     // [key/value head][tile of keys]
   SpoiltRows* spoilt;          // [head][tile][head_dim / 32]: of dq, by 32 columns
   Progress* progress;          // [unit]

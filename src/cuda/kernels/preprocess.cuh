@@ -99,7 +99,7 @@ constexpr int preprocess_ctas(int columns) { return columns <= 64 ? 6 : columns 
 // passes; all their loads are issued before anything else is done. head_dim_v is at most kColumns, sums have head_dim columns.
 template <ptx::Element kElement, int kColumns>
 __global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kColumns))
-    backward_preprocess(const __grid_constant__ BackwardParams p, int head_dim) {
+    backward_preprocess(const __grid_constant__ BackwardParams p) {
   ptx::launch_dependents();
   constexpr int kPassRows = kPreprocessThreads / 8, kPasses = kBlockM / kPassRows, kRuns = (kColumns + 63) / 64;
   const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 8;
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kColumns))
   for (long long i = static_cast<long long>(index) * kPreprocessThreads + thread; i < p.zeros; i += threads)
     reinterpret_cast<uint4*>(p.turn)[i] = make_uint4(0, 0, 0, 0);
   if (index < p.ring * p.group * p.q_tiles) {
-    float4* sum = reinterpret_cast<float4*>(p.dq_sum + static_cast<long long>(index) * (kBlockM * head_dim));
-    for (int i = thread; i < kBlockM * head_dim / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
+    float4* sum = reinterpret_cast<float4*>(p.dq_sum + static_cast<long long>(index) * (kBlockM * p.sum_columns));
+    for (int i = thread; i < kBlockM * p.sum_columns / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
   }
   const bool all_keys = p.alike && p.part.sequence.seqlen_k == p.seqlen_k;
   if (!all_keys && !p.accumulate) clear_keys(p, index);

@@ -61,17 +61,6 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, cons
                : "memory");
 }
 
-// Has the copy engine bring a box of a tensor of five dimensions to shared memory, its bytes counted by an mbarrier. The policy, which
-// cuda::ptx has no place for, says what L2 is to do with the lines.
-__device__ __forceinline__ void load_box(void* to, const void* map, const int32_t (&at)[5], uint64_t* full, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], "
-      "[%7], %8;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(full))),
-      "l"(policy)
-      : "memory");
-}
-
 // Adds four floats to global memory, in no order with other threads' additions.
 __device__ __forceinline__ void add_global(float* to, const float* x) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])

@@ -1,18 +1,12 @@
 // Rows of one sequence and head, from global memory into a tile, by the copy engine.
 #pragma once
 
-#include <cuda/annotated_ptr>
 #include <cuda/ptx>
 
-#include "cuda/ptx/scalar.cuh"
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/shared.cuh"
 
 namespace tilewise::tile {
-
-// For load_rows: L2 gives up what is read once before other lines, and what others will read too after them.
-using ReadOnce = ::cuda::access_property::streaming;
-using ReadByMany = ::cuda::access_property::persisting;
 
 // Panels with columns that are there.
 template <class T>
@@ -33,19 +27,19 @@ __device__ __forceinline__ void clear_panels(T& tile, int columns, int thread, i
 // and run over its end: those rows, like columns past the head dimension, are filled with zeros and never read. tensor_map.cpp makes it.
 // The tile begins at `first_column`. Panels past `columns` are not loaded, nor is a tile without valid rows: of a box that is outside
 // altogether the copy engine touches the map's begin, where there may be no memory. Such panels are what clear_panels() has made of them,
-// such a tile holds what it held. `Use` says how long L2 should keep the lines.
-template <class Use = ::cuda::access_property::normal, class T>
+// such a tile holds what it held.
+template <class T>
 __device__ __forceinline__ void load_rows(T& tile, const void* map, Barrier& full, long long row, int valid_rows, int head, int batch,
                                           int columns, int first_column = 0) {
   const int valid = valid_rows < T::kRows ? valid_rows : T::kRows;
   if (valid <= 0 || columns <= first_column) return full.arrive();
-  constexpr auto kPolicy = static_cast<uint64_t>(::cuda::access_property(Use{}));
   full.arrive_and_expect(panels_of<T>(columns - first_column) * T::kPanelBytes);
 #pragma unroll
   for (int panel = 0; panel < T::kPanels; ++panel) {
     if (first_column + panel * 64 >= columns) break;
     const int32_t at[5] = {first_column + panel * 64, T::kRows - valid, static_cast<int>(row) + valid, head, batch};
-    ptx::load_box(tile.bytes + panel * T::kPanelBytes, map, at, &full.state, kPolicy);
+    ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, tile.bytes + panel * T::kPanelBytes, map, at,
+                                      &full.state);
   }
 }
 
