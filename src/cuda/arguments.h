@@ -16,7 +16,9 @@ namespace tilewise::cuda {
 // "head_dim 80 is above 64", "head_dim 20 is not a multiple of 8: ...".
 inline std::string refuse_dim(const char* name, int64_t dim, int largest) {
   const std::string text = std::string(name) + " " + std::to_string(dim);
-  if (dim % 8 != 0) return text + " is not a multiple of 8: pad it with zeros and give softmax_scale";
+  if (dim > 256) return text + " is above 256, the largest of all kernels";
+  if (dim % 8 != 0)
+    return text + " is not a multiple of 8: pad it with zeros" + (name == std::string("head_dim") ? " and give softmax_scale" : "");
   return dim > largest ? text + " is above " + std::to_string(largest) : std::string();
 }
 
