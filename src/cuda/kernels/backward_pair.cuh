@@ -1,6 +1,8 @@
 // Pairs of CTAs, for head dimensions above 128, where additions to dq are what everyone waits for. The two have 64 keys each, one beside
 // the other, and send each other their ds. The first 64 columns of dq are added by the first CTA for both, the next 64 by the second; only
 // columns past them are added by each. So there are three additions where there were four (head_dim 256), or two for three (192).
+// Where the order of additions matters, each CTA keeps an order from pair to pair, and columns that both add have sums of each: so neither
+// waits for the other, and who writes dq adds the two.
 #pragma once
 
 #include "cuda/kernels/backward_queries.cuh"
