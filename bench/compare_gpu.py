@@ -122,7 +122,8 @@ class FlashAttention2(Sdpa):
 def empty_l2(flush):
     """Fills L2 with `flush`, whose lines push out all others, also those that a kernel has asked to be kept. Waits for the device."""
     torch.cuda.synchronize()
-    ctypes.CDLL("libcuda.so.1").cuCtxResetPersistingL2Cache()
+    if error := ctypes.CDLL("libcuda.so.1").cuCtxResetPersistingL2Cache():
+        raise RuntimeError(f"cuCtxResetPersistingL2Cache: CUresult {error}, so L2 may not be empty")
     flush.zero_()
 
 

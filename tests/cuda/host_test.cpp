@@ -1,6 +1,10 @@
 // What the CUDA backend decides on the host, for a device as a value: no GPU is needed.
 #include <gtest/gtest.h>
 
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "cuda/arguments.h"
 #include "tilewise/explain.hpp"
 
@@ -32,12 +36,17 @@ TEST(Host, RowsOffTheGridAreRefused) {
 }
 
 TEST(Host, RefusalsOfHeadDimensionsAreOneSentenceEach) {
-  const Status status = Plan::make(Problem::parse("q64 d20 bf16").value(), hopper()).status();
-  EXPECT_EQ(status.code(), StatusCode::kUnsupported);
-  const std::string reason = ": head_dim 20 is not a multiple of 8: pad it with zeros and give softmax_scale";
-  const size_t at = status.message().find(reason);
-  ASSERT_NE(at, std::string::npos) << status.message();
-  EXPECT_EQ(status.message().find(reason, at + 1), std::string::npos) << status.message();
+  for (const auto& [dims, reason] : std::vector<std::pair<std::string, std::string>>{
+           {"20", ": head_dim 20 is not a multiple of 8: pad it with zeros and give softmax_scale"},
+           {"260", ": head_dim 260 is above 256, the largest of all kernels"},
+           {"64/20", ": head_dim_v 20 is not a multiple of 8: pad it with zeros;"},
+           {"64/300", ": head_dim_v 300 is above 256, the largest of all kernels"}}) {
+    const Status status = Plan::make(Problem::parse("q64 d" + dims + " bf16").value(), hopper()).status();
+    EXPECT_EQ(status.code(), StatusCode::kUnsupported);
+    const size_t at = status.message().find(reason);
+    ASSERT_NE(at, std::string::npos) << status.message();
+    EXPECT_EQ(status.message().find(reason, at + 1), std::string::npos) << status.message();
+  }
 }
 
 // Between memory and the SMs stands L2: tiles that are read again come from there.

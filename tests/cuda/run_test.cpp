@@ -167,7 +167,7 @@ TEST_F(Run, SmallIntegersAreExact) {
     t.upload().check();
     output(t);
     const reference::Outputs exact = reference::attention(problem, a);
-    uint16_t rounded[2] = {};  // the compiler does not know that it is no float
+    uint16_t rounded[2] = {};  // room for a float, which the compiler thinks could be written
     for (size_t i = 0; i < exact.o.size(); ++i) {
       const double value = std::abs(exact.o[i]) < 1e-12 ? 0 : exact.o[i];  // thirds do not add up to 0 in float64 either
       reference::write_element(rounded, a.o.dtype, 0, static_cast<float>(value));

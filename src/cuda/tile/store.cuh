@@ -17,9 +17,9 @@ __device__ __forceinline__ void write_fragment(T& tile, const Pair& pair) {
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane % 16;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(tile.bytes));
 #pragma unroll
-  for (int block = 0; block < kPairs / 4; ++block)  // of 16 columns: lanes 0 to 15 name the rows of the first 8, the others of the next
-  {
-    const uint32_t x[4] = {pair(4 * block), pair(4 * block + 1), pair(4 * block + 2), pair(4 * block + 3)};  // in order
+  for (int block = 0; block < kPairs / 4; ++block) {
+    // Of 16 columns: lanes 0 to 15 name the rows of the first 8, the others of the next. Braces keep the order, which arguments have not.
+    const uint32_t x[4] = {pair(4 * block), pair(4 * block + 1), pair(4 * block + 2), pair(4 * block + 3)};
     ptx::store_matrices(base + T::offset(row, 2 * block + lane / 16), x[0], x[1], x[2], x[3]);
   }
 }
