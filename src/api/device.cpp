@@ -27,7 +27,7 @@ Result<Device> Device::cuda(int index) {
   }
   return unavailable("CUDA device " + std::to_string(index) + " is not there: " +
                      (backend.kernels().empty() ? "this build has no CUDA"
-                      : devices.empty()         ? "this machine has no GPU, or no driver that serves it"
+                      : devices.empty()         ? "this machine has no GPU, or no driver that serves it (580 or newer)"
                                                 : "this machine has " + std::to_string(devices.size()) + ", numbered from 0"));
 }
 

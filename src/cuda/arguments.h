@@ -4,6 +4,7 @@
 #include <atomic>
 #include <initializer_list>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "cuda/backend.h"
@@ -13,23 +14,30 @@
 
 namespace tilewise::cuda {
 
-// "head_dim 80 is above 64", "head_dim 20 is not a multiple of 8: ...".
-inline std::string refuse_dim(const char* name, int64_t dim, int largest) {
-  const std::string text = std::string(name) + " " + std::to_string(dim);
-  if (dim > 256) return text + " is above 256, the largest of all kernels";
-  if (dim % 8 != 0)
-    return text + " is not a multiple of 8: pad it with zeros" + (name == std::string("head_dim") ? " and give softmax_scale" : "");
-  return dim > largest ? text + " is above " + std::to_string(largest) : std::string();
+// What no row takes. All say it in the same words, so that the planner says it once.
+inline std::string refuse_everywhere(const Problem& p, const Device& device) {
+  if (device.arch != "sm_90") return "device.arch " + device.arch + " is not sm_90, which all GPU kernels are for";
+  if (p.dtype != DataType::kBFloat16 && p.dtype != DataType::kFloat16) return "dtype fp32 is neither bf16 nor fp16, which GPU kernels take";
+  for (const auto& [name, dim, advice] :
+       {std::tuple("head_dim ", p.head_dim, " and give softmax_scale"), std::tuple("head_dim_v ", p.head_dim_v, "")}) {
+    const std::string text = name + std::to_string(dim);
+    if (dim > 256) return text + " is above 256, the largest of all GPU kernels";
+    if (dim % 8 != 0) return text + " is not a multiple of 8, which GPU kernels need: pad it with zeros" + advice;
+  }
+  return {};
 }
 
-// What every row asks of the device and the element type.
-inline std::string refuse_device(size_t shared_bytes, ptx::Element element, const Problem& p, const Device& device) {
-  if (device.arch != "sm_90") return "needs sm_90, the device has " + device.arch;
+// What a row for these dimensions, with this much shared memory, cannot take.
+inline std::string refuse_shape(int head_dim, int head_dim_v, size_t shared_bytes, ptx::Element element, const Problem& p,
+                                const Device& device) {
+  if (std::string reason = refuse_everywhere(p, device); !reason.empty()) return reason;
   if (static_cast<int64_t>(shared_bytes) > device.desk_bytes)
     return "needs " + std::to_string(shared_bytes) + " bytes of shared memory, the device has " + std::to_string(device.desk_bytes);
   const bool bfloat16 = element == ptx::Element::kBFloat16;
   if (p.dtype != (bfloat16 ? DataType::kBFloat16 : DataType::kFloat16))
     return std::string("takes ") + (bfloat16 ? "bf16" : "fp16") + " only";
+  if (p.head_dim > head_dim) return "head_dim " + std::to_string(p.head_dim) + " is above " + std::to_string(head_dim);
+  if (p.head_dim_v > head_dim_v) return "head_dim_v " + std::to_string(p.head_dim_v) + " is above " + std::to_string(head_dim_v);
   return {};
 }
 
@@ -57,18 +65,20 @@ inline MapSource map_source(const TensorView& t, bool bfloat16) {
 // into workspace first: strides are known in run() only, so that every plan would have to reserve a copy of q, k, v and o.
 inline Status check_rows(const char* name, const TensorView& t) {
   const int64_t bytes = t.dtype == DataType::kFloat32 ? 4 : 2;
-  const auto refused = [&](const std::string& what, const std::string& rule) {
-    return unsupported(std::string(name) + what + ", but " + rule + " for sm_90 kernels: copy " + name +
-                       " to a tensor whose rows are padded to a multiple of " + std::to_string(16 / bytes) + " elements");
+  const auto refused = [&](const std::string& what, const std::string& rule, const std::string& target) {
+    return unsupported(std::string(name) + what + ", but " + rule + " for sm_90 kernels: copy " + name + " to a " + target);
   };
   const std::string aligned = "every row must begin at a multiple of 16 bytes";
+  const std::string padded = "tensor whose rows are padded to a multiple of " + std::to_string(16 / bytes) + " elements";
   if (const uintptr_t past = reinterpret_cast<uintptr_t>(t.data) % 16; past != 0)
-    return refused(" begins " + std::to_string(past) + " bytes past a multiple of 16", aligned);
+    return refused(" begins " + std::to_string(past) + " bytes past a multiple of 16", aligned, padded);
   for (size_t i = 0; i + 1 < static_cast<size_t>(t.rank); ++i) {
     if (t.shape[i] <= 1) continue;
     const auto stride = [&] { return " has stride " + std::to_string(t.stride[i]) + " in its dimension " + std::to_string(i); };
-    if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39) return refused(stride(), "strides must lie between 0 and 2^39 elements");
-    if (t.stride[i] * bytes % 16 != 0) return refused(stride() + ", which is " + std::to_string(t.stride[i] * bytes) + " bytes", aligned);
+    if (t.stride[i] < 0 || t.stride[i] >= int64_t{1} << 39)
+      return refused(stride(), "strides must lie between 0 and 2^39 elements", "contiguous tensor");
+    if (t.stride[i] * bytes % 16 != 0)
+      return refused(stride() + ", which is " + std::to_string(t.stride[i] * bytes) + " bytes", aligned, padded);
   }
   return {};
 }

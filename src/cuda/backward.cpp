@@ -97,11 +97,9 @@ struct Workspace {
 
 std::string refusal(const BackwardRow& row, const Problem& p, const Device& device) {
   const BackwardConfig& c = row.config;
-  if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
+  if (std::string reason = refuse_shape(c.head_dim, c.head_dim_v, row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
   if (device.units < c.ctas()) return "needs two SMs";
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
-  if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
-  if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
   const Counts counts(p, c, device);
   const int64_t tiles = std::max({counts.all_tiles, counts.all_key_tiles, counts.claims + 2 * device.units});
   if (tiles > std::numeric_limits<int>::max())

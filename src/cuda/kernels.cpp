@@ -76,13 +76,11 @@ int64_t falling_heads(const Problem& p, int block_m) {
 
 std::string forward_refusal(const ForwardRow& row, const Problem& p, const Device& device) {
   const ForwardConfig& c = row.config;
-  if (std::string reason = refuse_device(row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
+  if (std::string reason = refuse_shape(c.head_dim, c.head_dim_v, row.shared_bytes, c.element, p, device); !reason.empty()) return reason;
   // A maximum of scores is the maximum of scaled scores, and -inf stays -inf, only where the scale is above 0.
   const bool modified = p.softcap > 0 || p.alibi || !(p.scale() >= kSmallestScale);
   if (modified != c.modified)
     return c.modified ? "is for softcap, alibi and scales that are not positive" : "has no softcap, no alibi and only positive scales";
-  if (std::string reason = refuse_dim("head_dim", p.head_dim, c.head_dim); !reason.empty()) return reason;
-  if (std::string reason = refuse_dim("head_dim_v", p.head_dim_v, c.head_dim_v); !reason.empty()) return reason;
   if (std::string reason = refuse_length(c, p); !reason.empty()) return reason;
   if (const int64_t tiles = tiles_of(p, c.block_m()); tiles > std::numeric_limits<int>::max() - 2 * device.units)
     return "batch, heads and seqlen_q make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";

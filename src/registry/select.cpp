@@ -60,8 +60,12 @@ Result<const Kernel*> select_kernel(const Problem& problem, const Device& device
     return unsupported("this build has no " + std::string(pass_name(problem.pass)) + " kernel for device " + device.name + " (" +
                        device.arch + ")");
   }
-  std::string text;
-  for (const Candidate& refused : refusals) text.append(text.empty() ? "" : "; ").append(refused.name).append(": ").append(refused.refusal);
+  std::string text = refusals[0].refusal;  // where all rows say the same, what they are called is of no use
+  if (refusals.size() > 1) {
+    text.clear();
+    for (const Candidate& refused : refusals)
+      text.append(text.empty() ? "" : "; ").append(refused.name).append(": ").append(refused.refusal);
+  }
   return unsupported("no kernel takes '" + problem.to_string() + "' on " + device.name + " (" + device.arch + "): " + text);
 }
 

@@ -223,7 +223,7 @@ def test_what_the_device_cannot_do_is_refused():
     shifted = torch.cat([q, q], -1)[..., 1:65]
     odd = torch.cat([q, q], -1)[..., :68].contiguous()[..., :64]
     for error, sentence, call in (
-        (NotImplementedError, "takes bf16 only", lambda: attention(q.float(), k.float(), v.float())),
+        (NotImplementedError, "dtype fp32 is neither bf16 nor fp16", lambda: attention(q.float(), k.float(), v.float())),
         (NotImplementedError, "q begins 2 bytes past a multiple of 16", lambda: attention(shifted, k, v)),
         (NotImplementedError, "q has stride 68.*multiple of 16 bytes", lambda: attention(odd, k, v)),
         (NotImplementedError, "head_dim 12", lambda: attention(*(x[..., :12].contiguous() for x in (q, k, v)))),

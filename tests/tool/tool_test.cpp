@@ -411,6 +411,7 @@ TEST_F(Tool, UsageErrorsAreOneSentence) {
   expect_refusal("verify", "verify needs a PROBLEM");
   expect_refusal("verify q8 d8 --layout round", "layout 'round'");
   if (!Device::cuda().ok()) expect_refusal("explain q8 d8 --device cuda", "CUDA", 3);
+  expect_refusal("bench q8 d8 --device h200", "--device: h200 not in {cpu,cuda}");
 }
 
 TEST_F(Tool, HelpAndVersion) {
@@ -586,6 +587,24 @@ TEST_F(Tool, ExplainListsEveryCandidate) {
     return std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; });
   };
   for (std::istringstream lines(run.out); std::getline(lines, line);) EXPECT_LE(columns(line), 80) << line;
+}
+
+// GPUs are planned for wherever this runs, at their data sheets' rates; where the build has no kernels for them it says so.
+TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
+  Device gpu;
+  gpu.type = DeviceType::kCuda;
+  if (Plan::candidates(*Problem::parse("q8 d8"), gpu).empty()) {
+    expect_refusal("explain q8 d8 bf16 --device h200", "this build has no forward kernel for device NVIDIA H200 (sm_90)");
+    return;
+  }
+  for (const char* pass : {"fwd", "bwd"}) {
+    const Json plan = json(std::string("explain --json --device h200 b4 q4096 h16 d128 bf16 causal ") + pass);
+    EXPECT_EQ(plan["device"]["units"], 132);
+    EXPECT_EQ(plan["rates"]["source"], "data sheet");
+    EXPECT_EQ(plan["flash"]["memory_seconds"], plan["flash"]["least_bytes"].get<double>() / 4.8e12);
+    EXPECT_LE(plan["tiles"]["desk_bytes"], plan["device"]["desk_bytes"]);
+  }
+  expect_refusal("explain q8 d8 --device h100", "dtype fp32 is neither bf16 nor fp16");
 }
 
 TEST_F(Tool, DevicesHaveSizesAndRates) {

@@ -44,10 +44,10 @@ double trial_bytes(const Problem& problem, const Device& device, reference::Layo
   return (on_host ? 2 : 1) * (tensor_bytes(problem, gaps ? 32 : 0) + workspace);
 }
 
-void DeviceOptions::add_to(CLI::App* command) {
-  command->add_option("--device", device, "cpu or cuda")
+void DeviceOptions::add_to(CLI::App* command, std::vector<std::string> names) {
+  command->add_option("--device", device, fmt::format("{}", fmt::join(names, ", ")))
       ->type_name("NAME")
-      ->check(CLI::IsMember({"cpu", "cuda"}).description(""))
+      ->check(CLI::IsMember(names).description(""))
       ->capture_default_str();
   command->add_option("--threads", threads, "of the CPU; otherwise OMP_NUM_THREADS or every core")
       ->type_name("N")

@@ -46,7 +46,7 @@ double trial_bytes(const Problem& problem, const Device& device, reference::Layo
 struct DeviceOptions {
   std::string device = "cpu";
   int threads = 0;
-  void add_to(CLI::App* command);
+  void add_to(CLI::App* command, std::vector<std::string> names = {"cpu", "cuda"});
   Device open() const;
   std::string to_string() const;  // the options that are not at their default, with a space before each
 };
