@@ -28,7 +28,7 @@ MAY_SEE = {
 # Headers from outside, by pattern: the only rooms that may include them.
 ONLY_IN = {
     r"hwy/": ["src/cpu"],
-    r"cuda|cute|nv/|cooperative_groups|cub/": ["src/cuda", "src/cuda/kernels", "src/cuda/tile", "src/cuda/ptx", "tests", "bench"],
+    r"cuda|cute|nv/|cooperative_groups|cub/": ["src/cuda", "src/cuda/kernels", "src/cuda/tile", "src/cuda/ptx", "tests", "bench", "examples"],
     r"torch/|ATen/|c10/|Python\.h|nanobind/": ["python"],
     r"cblas|openblas": ["src/reference"],
     r"CLI/|fmt/|nlohmann/": ["tools", "tests"],

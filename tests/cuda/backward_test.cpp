@@ -41,14 +41,33 @@ struct Backward : Cuda {
 
 constexpr const char* kRepeated[] = {"bwd b2 q600 k900 h6/2 d128 bf16 causal", "bwd b3 q400 h4 d64 fp16",
                                      "bwd b1 q300 k700 h3 d256 bf16 window=90,20", "bwd b2 q700 h4/1 d96 bf16 causal sink",
-                                     "bwd b5 q500 k500 h4/2 d128 bf16 packed tq1300 tk1400 causal"};
+                                     "bwd b5 q500 k500 h4/2 d128 bf16 packed tq1300 tk1400 causal",
+                                     // pairs of CTAs
+                                     "bwd b2 q600 k700 h4/2 d256 bf16 causal", "bwd b2 q500 k640 h3 d192 fp16",
+                                     "bwd b5 q500 k500 h4/2 d192/128 bf16 packed tq1300 tk1400 softcap=30"};
 
 TEST_F(Backward, DeterministicGradientsRepeatBitByBit) {
   for (const std::string line : kRepeated)
     repeat(line + " deterministic", 20, {&Arguments::dq, &Arguments::dk, &Arguments::dv, &Arguments::dsink});
 }
 TEST_F(Backward, SlowDeterministicGradientsRepeatOverAThousandRuns) {
-  repeat("bwd b2 q1500 h8/2 d128 bf16 causal deterministic", 1000, {&Arguments::dq, &Arguments::dk, &Arguments::dv});
+  for (const char* line : {"bwd b2 q1500 h8/2 d128 bf16 causal deterministic", "bwd b2 q900 h6/2 d256 bf16 causal deterministic"})
+    repeat(line, 1000, {&Arguments::dq, &Arguments::dk, &Arguments::dv});
+}
+// Who computes what depends on the number of SMs, the order of additions does not.
+TEST_F(Backward, DeterministicGradientsAreTheSameOnAnyNumberOfSms) {
+  for (const std::string line : kRepeated) {
+    std::vector<char> first;
+    for (const int units : {device_.units, 2, 3, 4, 31}) {
+      Device few = device_;
+      few.units = units;
+      Result<Trial> made = Trial::make(parse(line + " deterministic"), few, 3, Layout::kBshd);
+      made.status().check();
+      const std::vector<char> now = gradients(*made, {&Arguments::dq, &Arguments::dk, &Arguments::dv, &Arguments::dsink});
+      if (first.empty()) first = now;
+      EXPECT_EQ(now == first, true) << line << " on " << units << " SMs";
+    }
+  }
 }
 TEST_F(Backward, GradientsOfKeysAlwaysRepeatBitByBit) {
   for (const std::string line : kRepeated) repeat(line, 20, {&Arguments::dk, &Arguments::dv, &Arguments::dsink});
@@ -90,7 +109,7 @@ TEST_F(Spoilt, ValuesThatAreNotFiniteReachTheGradientsThatUseThem) {
   for (const std::string line :
        {"b1 q400 h2/1 d128 bf16 causal", "b1 q400 h2 d64 fp16 causal", "b1 q400 k464 h2 d64 bf16 causal",
         "b1 q300 h2 d256 bf16 window=50,0", "b1 q200 k330 h2 d192/128 bf16 causal", "b1 q400 h2 d96 bf16 causal softcap=30"})
-    for (const char* order : {"", " accumulate"})
+    for (const char* order : {"", " accumulate", " deterministic"})
       for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
         for (const auto& [of_key, row] : {std::pair{true, 170}, {true, 236}, {false, 170}})  // in both halves of a block of keys
           verify_spoilt(line, order, of_key, row, bad);
@@ -102,12 +121,13 @@ TEST_F(Spoilt, ValuesThatAreNotFiniteStayInTheirHeads) {
 
 // So many heads that the sums of dq, which lie in a ring, are used again, with few and with many blocks of keys to a head.
 TEST_F(Backward, SumsAreUsedAgain) {
-  for (const char* line : {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16 seqused", "bwd b24 q70 h15 d256 fp16",
-                           "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16",
-                           "bwd b20 q20 k700 h8 d128 bf16", "bwd b30 q140 h20 d64 bf16 causal", "bwd b20 q140 h10 d192 bf16 causal",
-                           "bwd q300 k3500 h6 d64 bf16 causal",  // works of several units alternate: of the last ones, of all
-                           "bwd b40 q20 k400 h8 d128 bf16", "bwd b60 q20 k130 h8 d256 bf16",  // deterministic works take the longest ring
-                           "bwd b11 q100 h12 d128 bf16", "bwd b7 q100 h19 d128 bf16"})  // as many works as an H100 has SMs, and one more
+  for (const char* line :
+       {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16 seqused", "bwd b24 q70 h15 d256 fp16",
+        "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16", "bwd b20 q20 k700 h8 d128 bf16",
+        "bwd b30 q140 h20 d64 bf16 causal", "bwd b20 q140 h10 d192 bf16 causal", "bwd b20 q140 h10 d192/128 bf16",
+        "bwd q300 k3500 h6 d64 bf16 causal",                               // works of several units alternate: of the last ones, of all
+        "bwd b40 q20 k400 h8 d128 bf16", "bwd b60 q20 k130 h8 d256 bf16",  // deterministic works take the longest ring
+        "bwd b11 q100 h12 d128 bf16", "bwd b7 q100 h19 d128 bf16"})        // as many works as an H100 has SMs, and one more
     for (const char* order : {"", " deterministic", " accumulate"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 8, Layout::kBshd));
 }
 

@@ -2,7 +2,7 @@
 // the other, and send each other their ds. The first 64 columns of dq are added by the first CTA for both, the next 64 by the second; only
 // columns past them are added by each. So there are three additions where there were four (head_dim 256), or two for three (192).
 // Where the order of additions matters, each CTA keeps an order from pair to pair, and columns that both add have sums of each: so neither
-// waits for the other, and who writes dq adds the two.
+// waits for the other's additions (by way of ds they stay within a step of each other), and who writes dq adds the two.
 #pragma once
 
 #include "cuda/kernels/backward_queries.cuh"

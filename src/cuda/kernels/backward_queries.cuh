@@ -95,7 +95,8 @@ struct QueryGradients : Claims<C> {
       begin[i] = ptx::uniform(range.begin);
       end[i] = ptx::uniform(range.end);
     }
-    const int next = (walk.falling ? -1 : 1) * C.tiles() * kBlockM * sum_columns<C>(params);  // from a step's sums to the next step's
+    const int next =
+        (walk.falling ? -1 : 1) * C.tiles() * kBlockM * C.sum_columns(params.deterministic);  // from a step's sums to the next step's
 #pragma unroll 1
     for (int head = 0; head < params.group; ++head) {
       float* sum = sum_of<C>(params, work(), head, walk.step(walk.begin)) + thread * 4;

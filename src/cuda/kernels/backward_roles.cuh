@@ -203,17 +203,20 @@ __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(cons
   if (warpgroup == 3) {
     ptx::give_registers<kLoaderRegisters>();
     const int thread = static_cast<int>(threadIdx.x) % 128;
-    if (params.deterministic) {  // a warp for turns instead of a second one that loads
+    // Where turns are taken, one warp loads, and who watches for them shares a warp with the exchange: not who hands them on, since his
+    // fences hold up a warp for 3,000 clocks. The two wait for each other by way of dq; lanes of a warp that wait let others go on.
+    if (params.deterministic) {
       if (thread < 32) Loader<C>{{params, shared}}.template run<true, true>();
-      if (thread == 32) Turns<C>{{params, shared}}.template run<true>();
+      if (thread == 32)
+        Turns<C>{{params, shared}}.template run<true>();
+      else if (thread == 33)
+        Exchange<C>{{params, shared}}.run();
+      if (thread == 64) Turns<C>{{params, shared}}.template run<false>();
     } else {
       if (thread < 32) Loader<C>{{params, shared}}.template run<true, false>();
       if (thread >= 32 && thread < 64) Loader<C>{{params, shared}}.template run<false, true>();
+      if (thread == 64) Exchange<C>{{params, shared}}.run();
     }
-    if (thread == 64)
-      Exchange<C>{{params, shared}}.run();
-    else if (thread == 65 && params.deterministic)
-      Turns<C>{{params, shared}}.template run<false>();
     if (thread >= 96) Claimer<C>{params, shared}.run();
     __syncwarp();
     leave();

@@ -47,7 +47,7 @@ struct Share {
     head = share.head + member;
     spoilt_tile = head * params.tiles + first + tile;
     const long long place = share.first_sum + member * params.q_tiles + (packed ? first : 0) + tile;
-    sums = reinterpret_cast<float4*>(params.dq_sum + (place * sum_columns<C>(params) + column()) * kBlockM) + thread;
+    sums = reinterpret_cast<float4*>(params.dq_sum + (place * C.sum_columns(params.deterministic) + column()) * kBlockM) + thread;
     return true;
   }
   // 32 columns of sums, as the tensor cores hold them.

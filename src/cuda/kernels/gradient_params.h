@@ -36,7 +36,7 @@ struct BackwardConfig {
   TW_HD constexpr int block_n() const { return 64 * key_tiles(); }
   TW_HD constexpr int threads() const { return 128 * (mains + 2); }
   // Columns of dq that each CTA of a pair adds for itself, and of a tile of sums: where their order matters, both have theirs.
-  TW_HD constexpr int own_columns() const { return pair ? head_dim - 2 * dq_columns : 0; }
+  TW_HD constexpr int own_columns() const { return pair ? head_dim - ctas() * dq_columns : 0; }
   TW_HD constexpr int sum_columns(bool deterministic) const { return head_dim + (deterministic ? own_columns() : 0); }
 };
 

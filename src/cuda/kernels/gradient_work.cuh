@@ -106,12 +106,6 @@ struct Walk {
   __device__ __forceinline__ bool at_edge(int i) const { return i < full_begin || i >= full_end; }
 };
 
-// Columns of a tile of sums.
-template <BackwardConfig C>
-__device__ __forceinline__ int sum_columns(const BackwardParams& params) {
-  return C.pair ? params.sum_columns : C.head_dim;
-}
-
 // The place of a step's first tile in the workspace, and of its sums.
 template <BackwardConfig C>
 __device__ __forceinline__ long long tile_index(const BackwardParams& params, const BackwardWork& work, int head, int m) {
@@ -120,7 +114,7 @@ __device__ __forceinline__ long long tile_index(const BackwardParams& params, co
 template <BackwardConfig C>
 __device__ __forceinline__ float* sum_of(const BackwardParams& params, const BackwardWork& work, int head, int m) {
   return params.dq_sum +
-         static_cast<long long>(work.first_sum + head * params.q_tiles + m * C.tiles()) * (kBlockM * sum_columns<C>(params));
+         static_cast<long long>(work.first_sum + head * params.q_tiles + m * C.tiles()) * (kBlockM * C.sum_columns(params.deterministic));
 }
 
 // Finds what to do for a claim, by one warp. Each value is written by one lane. True: there are steps. Long blocks come first under a

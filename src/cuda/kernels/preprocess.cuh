@@ -96,7 +96,7 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
 // CTAs on an SM at a time, of which registers hold the loads. At 64 columns six are faster than four, though seven registers are spilled.
 constexpr int preprocess_ctas(int columns) { return columns <= 64 ? 6 : columns <= 128 ? 3 : 2; }
 // A CTA has one tile of rows, the last one first: what the next kernel begins with is then still in L2. Eight threads have a row, in two
-// passes; all their loads are issued before anything else is done. head_dim_v is at most kColumns, sums have head_dim columns.
+// passes; all their loads are issued before anything else is done. head_dim_v is at most kColumns.
 template <ptx::Element kElement, int kColumns>
 __global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kColumns))
     backward_preprocess(const __grid_constant__ BackwardParams p) {
