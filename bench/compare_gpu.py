@@ -5,8 +5,9 @@ Usage: compare_gpu.py --library libtilewise.so [--out results.json] [--cases tex
 
 The contenders of a case take turns call by call in a rotating order, so that they share one thermal and power state. L2 is flushed
 before every call, a spinning kernel keeps host time out of the figure, and figures are medians: TFLOP/s of visible pairs. Every first
-result is compared with the other contenders'. Peers that are not installed here enter by their ratio to cuDNN (FlashAttention-2 where cuDNN
-refuses), measured once on an H200 with all of them in one run: bench/results/nvidia-h200-peers.json.
+result is compared with the other contenders'; where they differ, or Tilewise fails, the race ends. Peers that are not installed here enter
+by their ratio to cuDNN (FlashAttention-2 where cuDNN is not raced), measured once on an H200 with all of them in one run:
+bench/results/nvidia-h200-peers.json. Where that one's figure is 10 % from what it was then, the case is measured once more.
 """
 import argparse
 import ctypes
@@ -143,6 +144,21 @@ def take_turns(calls, flush, repetitions, flops):
     return {name: round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1) for name in names}
 
 
+def race_peers(row, calls, flush, repetitions, flops, known, bases):
+    """Fills the row: what take_turns() says of the calls, and FA3 and FA4 by their ratio, when `known` was measured, to the first of `bases` that
+    runs here and ran then. Returns the figures of FA3 and FA4."""
+    base = next((name for name in bases if name in calls and known.get(name)), None)
+    for _ in range(2):
+        row.update(take_turns(calls, flush, repetitions, flops))
+        if base is None or abs(row[base] / known[base] - 1) < 0.1:
+            break
+    if base is None:
+        return []
+    others = {name + " by ratio": round(row[base] * known[name] / known[base], 1) for name in ("fa3", "fa4") if name in known}
+    row.update(others)
+    return list(others.values())
+
+
 def summary(ratios):
     """Of pairs (group, ratio): how many, their geometric mean and the lowest."""
     groups = {}
@@ -177,19 +193,17 @@ def main():
                 if contender.name == "tilewise":
                     row["kernel"] = call.kernel
             except Exception as error:
+                if contender.name == "tilewise":
+                    raise
                 row[contender.name] = "no: " + (str(error) or repr(error)).split("\n")[0][:80]
         for other in outputs[1:]:
+            torch.testing.assert_close(outputs[0].float(), other.float(), rtol=0.02, atol=0.02, msg=lambda text: f"{kind} {case}: {text}")
             row["difference"] = max(row.get("difference", 0), (outputs[0].float() - other.float()).abs().max().item())
         del outputs
-        row.update(take_turns(calls, flush, args.repetitions, flops))
-        live = [row[name] for name in ("cudnn", "fa2") if isinstance(row.get(name), float)]
-        known = table.get(f"{kind} {case}")
-        if known:
-            base = "cudnn" if isinstance(row.get("cudnn"), float) and known.get("cudnn") else "fa2"
-            for name in ("fa3", "fa4"):
-                row[name + " by ratio"] = round(row[base] * known[name] / known[base], 1)
-                live.append(row[name + " by ratio"])
-        if live and isinstance(row.get("tilewise"), float):
+        bases = ("cudnn", "fa2")
+        by_ratio = race_peers(row, calls, flush, args.repetitions, flops, table.get(f"{kind} {case}", {}), bases)
+        live = [row[name] for name in bases if name in calls] + by_ratio
+        if live:
             row["ratio"] = round(row["tilewise"] / max(live), 3)
         result["rows"].append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)

@@ -4,8 +4,9 @@
 Usage: compare_gpu_backward.py [NAME=]libtilewise.so... [--out results.json] [--cases text,text] [--repetitions 12]
 
 Several libraries are variants of one another; the first is the one whose ratio counts. Contenders take turns call by call, L2 is flushed,
-host time is hidden, figures are medians. Peers that are not installed enter by their ratio to cuDNN (FlashAttention-2 where cuDNN refuses).
-`error` is each gradient's largest difference from a peer's, relative to the peer's largest value: dq/dk/dv.
+host time is hidden, figures are medians. Peers that are not installed enter by their ratio to cuDNN (FlashAttention-2 where cuDNN is not
+raced, without its flag where ours has it). `error` is each gradient's largest difference from a peer's, relative to the peer's largest
+value: dq/dk/dv; where it is large, or Tilewise fails, the race ends.
 """
 import argparse
 import ctypes
@@ -15,7 +16,7 @@ import pathlib
 
 import results
 import torch
-from compare_gpu import DTYPES, Arguments, Tilewise, summary, take_turns
+from compare_gpu import DTYPES, Arguments, Tilewise, race_peers, summary
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -108,23 +109,22 @@ def main():
                 torch.cuda.synchronize()
                 calls[name] = call
             except Exception as error:
+                if name == ours[0].name:
+                    raise
                 row[name] = "no: " + (str(error) or repr(error)).split("\n")[0][:80]
         peer = next((gradients[name] for name in peers if name in gradients), None)
         if peer and ours[0].name in gradients:
-            row["error"] = "/".join(f"{((a.float() - b.float()).abs().max() / b.float().abs().max()).item():.1e}" for a, b in zip(gradients[ours[0].name], peer))
+            errors = [((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(gradients[ours[0].name], peer)]
+            if not all(error < 0.03 for error in errors):  # NaN neither
+                raise RuntimeError(f"{kind} {case}: gradients differ by {errors} of the largest")
+            row["error"] = "/".join(f"{error:.1e}" for error in errors)
         del gradients, peer
-        row.update(take_turns(calls, flush, args.repetitions, flops))
-        live, known = [row[name] for name in peers if isinstance(row.get(name), float)], PEERS.get(f"{kind} {case}", {})
-        base = next((name for name in peers if isinstance(row.get(name), float) and name in known), None)
-        for name in ("fa3", "fa4"):
-            if base and name in known:
-                row[name + " by ratio"] = round(row[base] * known[name] / known[base], 1)
-                live.append(row[name + " by ratio"])
+        by_ratio = race_peers(row, calls, flush, args.repetitions, flops, PEERS.get(f"{kind} {case}", {}), [*peers, *(beside or {})])
+        live = [row[name] for name in peers if name in calls] + by_ratio
         if live and isinstance(row.get(ours[0].name), float):
             row["ratio"] = round(row[ours[0].name] / max(live), 3)
-        for name in beside or {}:
-            if isinstance(row.get(ours[0].name), float) and isinstance(row.get(name), float):
-                row["of " + name] = round(row[ours[0].name] / row[name], 3)
+        if "without the flag" in calls:
+            row["of without the flag"] = round(row[ours[0].name] / row["without the flag"], 3)
         result["rows"].append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
@@ -142,7 +142,7 @@ def main():
                 if s != 2048:
                     race("bwd", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal)))
                 if s not in (1024, 4096):
-                    race("bwd-det", case, flops, lambda x: x.backward(words, q, k, v, do, deterministic=True), dict(fa2=lambda: deterministic(fa2(q, k, v, do, causal))), {"without the flag": lambda: ours[0].backward(words, q, k, v, do)})
+                    race("bwd-det", case, flops, lambda x: x.backward(words, q, k, v, do, deterministic=True), dict(fa2=lambda: deterministic(fa2(q, k, v, do, causal))), {"without the flag": lambda: ours[0].backward(words, q, k, v, do), "fa2 without the flag": lambda: fa2(q, k, v, do, causal)})
     q, do, k, v = random(2, 8192, 32, 128), random(2, 8192, 32, 128), random(2, 8192, 8, 128), random(2, 8192, 8, 128)
     for causal in (False, True):
         words = "b2 q8192 h32/8 d128 bf16" + (" causal" if causal else "")
