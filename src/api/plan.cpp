@@ -20,6 +20,8 @@ Result<Plan> Plan::make(const Problem& problem, const Device& device) {
   if (Status status = problem.validate(); !status.ok()) return status;
   Result<const Kernel*> kernel = select_kernel(problem, device);
   if (!kernel) return kernel.status();
+  if ((*kernel)->prepare)
+    if (Status status = (*kernel)->prepare(device); !status.ok()) return status;
   Plan plan;
   plan.state_ = std::make_shared<const State>(State{problem, device, *kernel, (*kernel)->workspace_bytes(problem, device)});
   return plan;

@@ -1,11 +1,13 @@
 // Tensors of the caller as the kernels take them, what sm_90 kernels cannot take, in sentences, and what both tables ask of CUDA.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <initializer_list>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cuda/backend.h"
 #include "cuda/kernels/params.h"
@@ -41,13 +43,26 @@ inline std::string refuse_shape(int head_dim, int head_dim_v, size_t shared_byte
   return {};
 }
 
-// More than 48 KB of shared memory must be asked for once per device: `allowed` has a bit for each of the first 64.
-inline Status allow_shared(std::atomic<uint64_t>& allowed, const void* function, size_t bytes, const Device& device) {
-  const uint64_t bit = uint64_t{1} << (device.index % 64);
-  if (device.index < 64 && allowed.load(std::memory_order_relaxed) & bit) return {};
-  const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+// CUDA loads a kernel at its first use, which takes memory and may wait for others: a plan loads a row's kernels, once per device (`loaded`
+// has a bit for each of the first 64), and allows the first of them its shared memory. A device that is only described, and not there, has
+// none to load.
+inline Status prepare(std::atomic<uint64_t>& loaded, const Device& device, size_t shared_bytes,
+                      std::initializer_list<const void*> kernels) {
+  const uint64_t bit = device.index < 64 ? uint64_t{1} << device.index : 0;
+  if (loaded.load(std::memory_order_relaxed) & bit) return {};
+  const std::vector<Device> there = devices();
+  const auto same = [&](const Device& other) { return other.index == device.index && other.arch == device.arch; };
+  if (std::none_of(there.begin(), there.end(), same)) return {};
+  const Current current(device);
+  if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
+  for (const void* kernel : kernels) {
+    cudaFuncAttributes attributes;
+    if (Status status = status_of(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !status.ok()) return status;
+  }
+  const cudaError_t error =
+      cudaFuncSetAttribute(*kernels.begin(), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (Status status = status_of(error, "cudaFuncSetAttribute"); !status.ok()) return status;
-  if (device.index < 64) allowed.fetch_or(bit, std::memory_order_relaxed);
+  loaded.fetch_or(bit, std::memory_order_relaxed);
   return {};
 }
 

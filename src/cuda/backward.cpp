@@ -152,9 +152,6 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
     return status;
   const Current current(device);
   if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
-  static std::array<std::atomic<uint64_t>, kRows> allowed{};
-  if (Status status = allow_shared(allowed[static_cast<size_t>(index)], row.function, row.shared_bytes, device); !status.ok())
-    return status;
 
   BackwardParams r{};
   const auto map = [&](const TensorView& view, int rows, CUtensorMap& to) { return make_tensor_map(map_source(view, bfloat16), rows, to); };
@@ -266,6 +263,12 @@ Kernel kernel() {
       .workspace_bytes = [](const Problem& p, const Device& device) { return Workspace(p, table()[kIndex].config, device).bytes; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,
                    Stream stream) { return launch(static_cast<int>(kIndex), p, device, a, stream); },
+      .prepare =
+          [](const Device& device) {
+            static std::atomic<uint64_t> loaded{0};
+            const BackwardRow& row = table()[kIndex];
+            return prepare(loaded, device, row.shared_bytes, {row.function, row.preprocess, row.postprocess});
+          },
   };
 }
 

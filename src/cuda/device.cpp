@@ -1,4 +1,6 @@
 // NVIDIA GPUs as devices, and their memory. Where there is no driver the list is empty.
+#include <cuda.h>
+
 #include "cuda/backend.h"
 
 namespace tilewise {
@@ -68,6 +70,16 @@ Status synchronize(const Device& device) {
 }
 
 }  // namespace
+
+bool has_context() {
+  static const auto get = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
+  CUcontext context = nullptr;
+  return !get || get(&context) != CUDA_SUCCESS || context;
+}
+void leave_context() {
+  static const auto set = driver_function<decltype(&cuCtxSetCurrent)>("cuCtxSetCurrent");
+  if (set) set(nullptr);
+}
 
 std::vector<Device> devices() {
   static const std::vector<Device> kFound = find_devices();

@@ -28,10 +28,7 @@ const std::array<ForwardRow, kForwardRows>& forward_table() {
 
 // Head dimension 64 has three shapes. Four warpgroups of 64 queries leave fewer rows unused at the end of a sequence than three and hide
 // more of a tile's beginning and end; three with larger blocks have less to do for each key; two leave the least unused under a causal
-// mask, where those of the upper rows wait for the others. Measured on an H200 (2026-11-24), TFLOP/s of four, three and two:
-//            s512         s1024        s2048        s4096        s8192
-//   full     422 395 396  500 463 457  559 561 504  583 590 521  579 621 509
-//   causal   242 241 259  362 309 352  465 407 436  536 525 491  583 589 526   (three at s1024 to s4096 in an earlier run)
+// mask, where those of the upper rows wait for the others. Measured: docs/kernels/forward_sm90_tried.md.
 constexpr int kShort = 4, kPair = 2;
 std::string refuse_length(const ForwardConfig& c, const Problem& p) {
   if (c.head_dim != 64 || (c.consumers != kShort && c.consumers != kPair)) return {};
@@ -63,14 +60,14 @@ int64_t tiles_of(const Problem& p, int block_m) {
 // leave whole rounds of pairs, and at least a round and a half of tiles (one where tiles are few); but only as many heads as L2 holds: with
 // four rounds of head dimension 256 and no such bound the H200 was 2 to 5 % slower. A model of the schedule then finds 98 to 99.9 % of the
 // CTAs' time used, 97 % with pairs alone; measured: +0.7 % on average, +2 % at s1024.
-int64_t falling_heads(const Problem& p, int block_m) {
-  constexpr int64_t kCtas = 132, kFewTiles = 16, kBytes = 40 << 20;
+int64_t falling_heads(const Problem& p, int block_m, int64_t ctas) {
+  constexpr int64_t kFewTiles = 16, kBytes = 40 << 20;
   const int64_t m_blocks = (p.seqlen_q + block_m - 1) / block_m, pairs = (m_blocks + 1) / 2, heads = p.batch * p.num_heads_q;
   const int64_t head_bytes = std::max<int64_t>(p.seqlen_k * (p.head_dim + p.head_dim_v) * 2 / (p.num_heads_q / p.num_heads_kv), 1);
-  const int64_t most = std::max<int64_t>(kBytes / head_bytes, 1), least = (m_blocks < kFewTiles ? 2 : 3) * kCtas / 2;
-  int64_t rounds = heads * pairs / kCtas;
-  const auto falling = [&] { return heads - rounds * kCtas / pairs; };
-  while (rounds > 0 && falling() * m_blocks < least && heads - (rounds - 1) * kCtas / pairs <= most) --rounds;
+  const int64_t most = std::max<int64_t>(kBytes / head_bytes, 1), least = (m_blocks < kFewTiles ? 2 : 3) * ctas / 2;
+  int64_t rounds = heads * pairs / ctas;
+  const auto falling = [&] { return heads - rounds * ctas / pairs; };
+  while (rounds > 0 && falling() * m_blocks < least && heads - (rounds - 1) * ctas / pairs <= most) --rounds;
   return std::min({falling(), most, heads});
 }
 
@@ -94,8 +91,6 @@ Status launch_forward(int index, const Problem& p, const Device& device, const A
   if (Status status = check_rows({{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"o", &a.o}}); !status.ok()) return status;
   const Current current(device);
   if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
-  static std::array<std::atomic<uint64_t>, kForwardRows> allowed{};
-  if (Status status = allow_shared(allowed[index], row.function, row.shared_bytes, device); !status.ok()) return status;
 
   ForwardParams r{};
   if (Status status = make_tensor_map(map_source(a.q, bfloat16), 64, r.q_map); !status.ok()) return status;
@@ -130,7 +125,7 @@ Status launch_forward(int index, const Problem& p, const Device& device, const A
   r.softcap = p.softcap;
   r.top_left = p.alignment == Alignment::kTopLeft;
   r.falling = p.window_right >= 0 && p.window_left < 0;
-  r.paired_heads = r.falling ? static_cast<int>(p.batch * p.num_heads_q - falling_heads(p, row.config.block_m())) : 0;
+  r.paired_heads = r.falling ? static_cast<int>(p.batch * p.num_heads_q - falling_heads(p, row.config.block_m(), device.units)) : 0;
   const auto ctas = static_cast<unsigned>(std::min<int64_t>(device.units, tiles_of(p, row.config.block_m())));
   void* arguments[] = {&r};
   return status_of(
@@ -155,6 +150,12 @@ Kernel forward_kernel() {
       .workspace_bytes = [](const Problem&, const Device&) { return size_t{0}; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,
                    Stream stream) { return launch_forward(kIndex, p, device, a, stream); },
+      .prepare =
+          [](const Device& device) {
+            static std::atomic<uint64_t> loaded{0};
+            const ForwardRow& row = forward_table()[kIndex];
+            return prepare(loaded, device, row.shared_bytes, {row.function});
+          },
   };
 }
 

@@ -1,30 +1,19 @@
-// Encodes tensor maps. The driver's function is looked up at run time, so that the library loads where there is no driver.
+// Encodes tensor maps.
 #include "cuda/tensor_map.h"
 
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
 #include <string>
 
+#include "cuda/backend.h"
+
 namespace tilewise {
-namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) != cudaSuccess)
-    return nullptr;
-  return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-}
-
-}  // namespace
 
 Status make_tensor_map(const MapSource& source, int tile_rows, CUtensorMap& map) {
-  static const Encode encode = find_encode();
+  static const auto encode = cuda::driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (!encode) return unavailable("the NVIDIA driver has no cuTensorMapEncodeTiled");
   // Column, row within a tile, first row plus one tile, head, batch. A dimension of one element may have any stride: it is never taken.
+  //
+  // cuda.h asks that strides rise and each be at least the extent before it. Two equal ones, heads before rows and a stride of 0 break
+  // that; the drivers that this ran on take them, and the copy engine does what they say (tests/cuda/tile_test.cu).
   const auto bytes = [](int64_t extent, int64_t stride) { return static_cast<cuuint64_t>(extent > 1 ? 2 * stride : 16); };
   const cuuint64_t row = bytes(source.rows, source.row_stride);
   const cuuint64_t extent[5] = {static_cast<cuuint64_t>(source.columns), static_cast<cuuint64_t>(tile_rows),

@@ -21,6 +21,8 @@ struct Kernel {
   size_t (*workspace_bytes)(const Problem&, const Device&);
   // Arguments have been checked against the problem.
   Status (*launch)(const Problem&, const Device&, const Arguments&, Stream);
+  // Loads the kernel where the device is there, so that its first run costs what others do. May be null.
+  Status (*prepare)(const Device&) = nullptr;
 };
 
 struct Backend {

@@ -1,4 +1,4 @@
-// Tests on the first GPU. Where there is none that has a row, they are skipped.
+// Tests on the first GPU. Where there is none, or not a Hopper, they are skipped.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -24,7 +24,7 @@ class Cuda : public testing::Test {
   void SetUp() override {
     const Result<Device> device = Device::cuda();
     if (!device) GTEST_SKIP() << device.status().message();
-    if (!Plan::make(parse("q64 d64 bf16"), *device)) GTEST_SKIP() << device->name << " (" << device->arch << ") has no rows";
+    if (device->arch != "sm_90") GTEST_SKIP() << device->name << " is " << device->arch << ", kernels are for sm_90";
     device_ = *device;
   }
 

@@ -1,5 +1,6 @@
 // plan.run() as a program that uses CUDA meets it: recorded in a graph, behind work that is not done, from many threads, and on
 // tensors that are far apart in memory.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -80,6 +81,46 @@ TEST_F(Run, NeitherWaitsNorAllocates) {
     EXPECT_EQ(free_bytes(), before) << line;
     EXPECT_EQ(written(t), expected) << line;
   }
+}
+
+// Plan::make() has loaded the kernels: nothing is left for the first run() of a row that no other test takes.
+TEST_F(Run, TheFirstRunTakesNoMemory) {
+  for (const char* line : {"q200 h2 d248 fp16 alibi", "bwd q200 h2 d248 fp16 alibi"}) {
+    Trial t = trial(line);
+    const size_t before = free_bytes();
+    t.plan().run(t.arguments()).check();
+    synchronize(device_).check();
+    EXPECT_EQ(free_bytes(), before) << line;
+  }
+}
+
+// The thread's device stays what it was, and one that nobody has used gets no context.
+TEST_F(Run, OnTheSecondDevice) {
+  const Result<Device> second = Device::cuda(1);
+  if (!second) GTEST_SKIP() << second.status().message();
+  ASSERT_EQ(cudaSetDevice(0), cudaSuccess);
+  const Device first = device_;
+  for (const char* line : kLines) {
+    device_ = first;
+    Trial here = trial(line);
+    const std::vector<char> expected = output(here);
+    device_ = *second;
+    Trial there = trial(line);
+    EXPECT_EQ(output(there), expected) << line;
+    int current = -1;
+    ASSERT_EQ(cudaGetDevice(&current), cudaSuccess);
+    EXPECT_EQ(current, 0) << line;
+  }
+  // A new thread has used no device.
+  Trial there = trial(kLines[0]);
+  std::thread([&] {
+    there.plan().run(there.arguments()).check();
+    CUcontext context = nullptr;
+    void* get = nullptr;
+    ASSERT_EQ(cudaGetDriverEntryPointByVersion("cuCtxGetCurrent", &get, 12000, cudaEnableDefault, nullptr), cudaSuccess);
+    ASSERT_EQ(reinterpret_cast<decltype(&cuCtxGetCurrent)>(get)(&context), CUDA_SUCCESS);
+    EXPECT_EQ(context, nullptr);
+  }).join();
 }
 
 TEST_F(Run, ThreadsShareAPlan) {

@@ -229,7 +229,7 @@ void check_products() {
 
 TEST_F(TileTest, ProductsD64) { check_products<64, 64, 64>(); }
 TEST_F(TileTest, ProductsD96) { check_products<64, 96, 96>(); }
-TEST_F(TileTest, ProductsD128) { check_products<80, 128, 128>(); }
+TEST_F(TileTest, ProductsD128) { check_products<128, 128, 128>(); }
 TEST_F(TileTest, ProductsD192) { check_products<64, 192, 192>(); }
 TEST_F(TileTest, ProductsD192x128) { check_products<64, 192, 128>(); }
 TEST_F(TileTest, ProductsD256) { check_products<64, 64, 256>(); }

@@ -186,48 +186,147 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   for (int i = thread; i < rows; i += 128) lse[i] = params.sink ? params.sink[item.head] : -INFINITY;
 }
 
-// A row anew with plain arithmetic, by one warp, from the keys that it sees and no others: its lse, and the columns of o that `tile` has.
+// What is done about finished rows that are NaN, by one warp. Three things make them so: NaN that they see, in which case all is well; a
+// sum that outgrew float; and in blocks at the mask's edge, which are multiplied whole, a value that is not finite times the 0 of a pair
+// that is not visible. To compute a row anew takes thousands of times what it took before, so the first is looked for where it costs
+// little.
 template <ForwardConfig C>
-__device__ __forceinline__ void recompute_row(const ForwardParams& params, const WorkItem<C.consumers>& item, int query,
-                                              typename ForwardShared<C>::O& tile, int first_column, float& lse) {
-  const auto row_of = [&](const Elements& t, long long row, int head) {
-    return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
-  };
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int begin = first_key(item.band, query), end = end_key(item.band, query);
-  const uint16_t* q = row_of(params.q, item.sequence.q_row + query, item.head);
-  const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] : 0;
-  float max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY, sum = params.sink ? 1 : 0;
-  // First the maximum and the sum, then 32 columns of o at a time.
-#pragma unroll 1
-  for (int columns = -32; columns < min_of(tile.kColumns, params.head_dim_v - first_column); columns += 32) {
-    const int column = first_column + columns + lane;
-    const bool inside = columns >= 0 && column < params.head_dim_v;
-    float o = 0;
-#pragma unroll 1
-    for (int key = begin; key < end; ++key) {
-      const uint16_t* k = row_of(params.k, item.sequence.k_row + key, item.head / params.group);
-      float score = 0;
-#pragma unroll 1
-      for (int d = 0; d < params.head_dim; d += 32)
-        if (d + lane < params.head_dim) score += ptx::to_float<C.element>(q[d + lane]) * ptx::to_float<C.element>(k[d + lane]);
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) score += __shfl_xor_sync(0xffffffff, score, distance);
-      score = tile::modify(score * params.scale, params.softcap, slope * kLog2e, key - query - item.band.offset);
-      if (columns < 0) {
-        const float larger = fmaxf(max, score), shift = larger == -INFINITY ? 0 : larger;
-        sum = sum * ptx::exp2(max - shift) + ptx::exp2(score - shift);
-        max = larger;
-      }
-      const uint16_t* v = row_of(params.v, item.sequence.k_row + key, item.head / params.group);
-      if (inside) o += ptx::exp2(score - (max == -INFINITY ? 0 : max)) * ptx::to_float<C.element>(v[column]);
-      if (!__any_sync(0xffffffff, columns < 0 ? sum == sum : o == o)) break;
-    }
-    if (columns < 0 && lane == 0) lse = (max + log2f(sum)) * kLn2;
-    if (inside)
-      tile.at((query - item.m_begin) % 64, columns + lane) = static_cast<uint16_t>(ptx::pack<C.element>(sum == 0 ? 0 : o / sum, 0));
+struct Repair {
+  using Shared = ForwardShared<C>;
+  using Item = WorkItem<C.consumers>;
+  using O = typename Shared::O;
+
+  const ForwardParams& params;
+  Shared& shared;
+  const Item& item;
+  const int part, piece;
+  const int kv_head = item.head / params.group;
+
+  // Few registers are left for this: what can be found again is not kept.
+  __device__ __forceinline__ static int lane() { return ptx::thread_anew() % 32; }
+  __device__ __forceinline__ int first_column() const { return piece * O::kColumns; }  // of o and v
+  __device__ __forceinline__ int columns() const { return min_of(O::kColumns, params.head_dim_v - first_column()); }
+  __device__ __forceinline__ uint16_t& at(int query, int column) const {
+    return shared.o[Shared::o_slot(part)][piece].at((query - item.m_begin) % 64, column);
   }
-}
+  __device__ __forceinline__ float& lse(int query) const { return shared.lse[part][(query - item.m_begin) % 64]; }
+  __device__ __forceinline__ const uint16_t* row_of(const Elements& t, long long row, int head) const {
+    return static_cast<const uint16_t*>(t.data) + (params.cu_seqlens_q ? 0 : item.batch * t.batch) + row * t.row + head * t.head;
+  }
+  __device__ __forceinline__ const uint16_t* key_row(const Elements& t, int key) const {
+    return row_of(t, item.sequence.k_row + key, kv_head);
+  }
+  __device__ __forceinline__ static float element(const uint16_t* row, int column) { return ptx::to_float<C.element>(row[column]); }
+
+  // The first of the keys from `begin` to `end` with an element that is NaN, or with kInfinite not finite, in `count` columns from `column`
+  // on; `end`: none.
+  template <bool kInfinite>
+  __device__ __forceinline__ int find(const Elements& t, int begin, int end, int column, int count) const {
+    const int units = count / 8, rows = 32 / units, mine = lane() / units;  // 16 bytes a lane
+#pragma unroll 1
+    for (int key = begin; key < end; key += rows) {
+      bool bad = false;
+      if (mine < rows && key + mine < end) {
+        const uint4 x = *reinterpret_cast<const uint4*>(key_row(t, key + mine) + column + lane() % units * 8);
+        bad = ptx::has_nan<C.element, kInfinite>(x.x) || ptx::has_nan<C.element, kInfinite>(x.y) ||
+              ptx::has_nan<C.element, kInfinite>(x.z) || ptx::has_nan<C.element, kInfinite>(x.w);
+      }
+      if (const unsigned found = __ballot_sync(0xffffffff, bad)) return key + (__ffs(found) - 1) / units;
+    }
+    return end;
+  }
+  __device__ __forceinline__ float score(int query, int key) const {
+    const uint16_t *q = row_of(params.q, item.sequence.q_row + query, item.head), *k = key_row(params.k, key);
+    float sum = 0;
+#pragma unroll 1
+    for (int d = lane(); d < params.head_dim; d += 32) sum += element(q, d) * element(k, d);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
+    return tile::modify(sum * params.scale, params.softcap, slope, key - query - item.band.offset);
+  }
+  // A row anew with plain arithmetic from the keys that it sees and no others: its columns of o, and lse where that is not finite.
+  __device__ __forceinline__ void compute(int query, int begin, int end) const {
+    const bool known = fabsf(lse(query)) < INFINITY;
+    float max = lse(query) * kLog2e, sum = 1;  // who sees nothing has the sink as lse, whatever it is
+    if (!known) {
+      max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY;
+#pragma unroll 1
+      for (int key = begin; key < end; ++key) max = fmaxf(max, score(query, key));
+    }
+    const float shift = max == -INFINITY ? 0 : max;
+#pragma unroll 1
+    for (int run = 0; run < columns(); run += 32) {
+      const int column = run + lane();
+      const bool inside = column < columns();
+      float o = 0;
+      if (begin < end) sum = params.sink ? ptx::exp2(params.sink[item.head] * kLog2e - shift) : 0;
+#pragma unroll 1
+      for (int key = begin; key < end; ++key) {
+        const float weight = ptx::exp2(score(query, key) - shift);
+        sum += weight;
+        if (inside) o += weight * element(key_row(params.v, key), first_column() + column);
+        if (!__any_sync(0xffffffff, inside && o == o) && (known || !(sum == sum))) break;  // nothing can change any more
+      }
+      if (inside) at(query, column) = static_cast<uint16_t>(ptx::pack<C.element>(sum == 0 ? 0 : o / sum, 0));
+    }
+    __syncwarp();
+    // With the last columns: that it was not finite says of the others, too, that they are to be computed anew.
+    if (!known && lane() == 0 && first_column() + O::kColumns >= params.head_dim_v) lse(query) = (max + log2f(sum)) * kLn2;
+  }
+
+  // Whether a row has NaN, and whether all of it is so in the first or last value that the row sees.
+  __device__ __forceinline__ bool is_nan(int query) const {
+    bool nan = false;
+#pragma unroll 1
+    for (int column = lane(); column < columns(); column += 32) nan |= !(element(&at(query, column), 0) == element(&at(query, column), 0));
+    return __any_sync(0xffffffff, nan);
+  }
+  __device__ __forceinline__ bool is_seen(int query, int begin, int end) const {
+    bool all = true;
+#pragma unroll 1
+    for (int column = lane(); column < columns(); column += 32) {
+      const float o = element(&at(query, column), 0), first = element(key_row(params.v, begin), first_column() + column);
+      const float last = element(key_row(params.v, end - 1), first_column() + column);
+      all &= o == o || !(first == first) || !(last == last);
+    }
+    return __all_sync(0xffffffff, all);
+  }
+  __device__ __forceinline__ bool query_is_nan(int query) const {
+    const uint16_t* q = row_of(params.q, item.sequence.q_row + query, item.head);
+    bool nan = false;
+#pragma unroll 1
+    for (int d = lane(); d < params.head_dim; d += 32) nan |= !(element(q, d) == element(q, d));
+    return __any_sync(0xffffffff, nan);
+  }
+  // All rows of the part's tile.
+  __device__ __forceinline__ void run() const {
+    const int first = item.m_begin + 64 * part, end_query = min_of(first + 64, item.sequence.seqlen_q);
+    // Keys that some rows see and others do not: all but those from `inner` to `outer`.
+    const int keys_begin = item.part[part].begin * C.block_n, keys_end = min_of(item.part[part].end * C.block_n, item.sequence.seqlen_k);
+    const int inner = min_of(max_of(first_key(item.band, end_query - 1), keys_begin), keys_end);
+    const int outer = max_of(min_of(end_key(item.band, first), keys_end), inner);
+    const bool edge = find<true>(params.v, keys_begin, inner, first_column(), columns()) < inner ||
+                      find<true>(params.v, outer, keys_end, first_column(), columns()) < keys_end;
+    int spoilt_key = -1;  // the first with NaN, when it has been looked for
+#pragma unroll 1
+    for (int query = first; query < end_query; ++query) {
+      if (!is_nan(query)) continue;
+      const int begin = first_key(item.band, query), end = end_key(item.band, query);
+      if (fabsf(lse(query)) < INFINITY) {
+        if (!edge || is_seen(query, begin, end)) continue;
+      } else if (begin < end) {
+        if (query_is_nan(query)) continue;
+        if (spoilt_key < 0) spoilt_key = find<false>(params.k, keys_begin, keys_end, 0, params.head_dim);
+        if (spoilt_key >= begin && spoilt_key < end) continue;
+      }
+      compute(query, begin, end);
+      __syncwarp();
+    }
+    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+    __syncwarp();
+  }
+};
 
 // Stores finished tiles and their lse. One warp, for which everything waits in short sequences: what the copy engine needs is in registers
 // before a tile is finished, and known to be the same in all lanes.
@@ -254,44 +353,44 @@ struct Storer {
     give_place<kPieces - 1 - kPiece>(part, kPiece);
     if constexpr (kPiece + 1 < kPieces) give_places<kPiece + 1>(part);
   }
-  // Computes rows anew that are NaN.
-  __device__ __forceinline__ void repair(const Item& item, int part, int piece) {
-    const int row = item.m_begin + 64 * part;
-    O& tile = shared.o[Shared::o_slot(part)][piece];
-#pragma unroll 1
-    for (int i = 0; i < 64 && row + i < item.sequence.seqlen_q; ++i) {
-      uint32_t worst = 0;
-      for (int column = 2 * lane; column < O::kColumns; column += 64)
-        worst = ptx::max_or_nan<C.element>(worst, *reinterpret_cast<const uint32_t*>(&tile.at(i, column)));
-      if (!__any_sync(0xffffffff, ptx::has_nan<C.element>(worst))) continue;
-      __syncwarp();  // every lane has read the row
-      recompute_row<C>(params, item, row + i, tile, piece * O::kColumns, shared.lse[part][i]);
-    }
-    ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
-    __syncwarp();
+  // Where a part's tile goes.
+  struct Target {
+    int row, rows, head, batch, q_row;
+    uint32_t parity;
+  };
+  __device__ __forceinline__ Target target_of(const Item& item, int part) const {
+    const int row = ptx::uniform(item.m_begin) + 64 * part;
+    return {row,
+            min_of(64, ptx::uniform(item.sequence.seqlen_q) - row),
+            ptx::uniform(item.head),
+            params.cu_seqlens_q ? 0 : ptx::uniform(item.batch),
+            ptx::uniform(static_cast<int>(item.sequence.q_row)) + row,
+            static_cast<uint32_t>(ptx::uniform(static_cast<int>(item.part[part].result & 1)))};
   }
-  // Stores a part's tile, and lets part `next` have the common place piece by piece (-1: nobody).
-  __device__ __forceinline__ void store(const Item& item, int part, int next) {
-    const int row = ptx::uniform(item.m_begin) + 64 * part, rows = min_of(64, ptx::uniform(item.sequence.seqlen_q) - row);
-    const int head = ptx::uniform(item.head), batch = params.cu_seqlens_q ? 0 : ptx::uniform(item.batch);
-    const int q_row = ptx::uniform(static_cast<int>(item.sequence.q_row)) + row;
-    const uint32_t parity = ptx::uniform(item.part[part].result & 1);
+  // Stores a part's tile from a piece on, and lets part `next` have the common place piece by piece (-1: nobody). Where a row is NaN it
+  // goes on in a form of its own, so that nothing that the other needs has to be kept beside what Repair needs.
+  template <bool kRepairs>
+  __device__ __forceinline__ void store(const Item& item, int part, int next, int piece) {
+    Target to = target_of(item, part);
 #pragma unroll 1
-    for (int piece = 0; piece < kPieces; ++piece) {
-      shared.o_full[part][piece].wait(parity);
+    for (; piece < kPieces; ++piece) {
+      shared.o_full[part][piece].wait(to.parity);
+      O& tile = shared.o[Shared::o_slot(part)][piece];
       const bool there = piece * O::kColumns < params.head_dim_v;
-      if (there && __any_sync(0xffffffff, lane < 4 && shared.spoilt[part][piece][lane % 4])) repair(item, part, piece);
-      if (ptx::elect())
-        tile::store_rows(shared.o[Shared::o_slot(part)][piece], &params.o_map, q_row, rows, head, batch, params.head_dim_v,
-                         piece * O::kColumns);
+      if (there && __any_sync(0xffffffff, lane < 4 && shared.spoilt[part][piece][lane % 4])) {
+        if constexpr (!kRepairs) return store<true>(item, part, next, piece);
+        Repair<C>{params, shared, item, part, piece}.run();
+        to = target_of(item, part);
+      }
+      if (ptx::elect()) tile::store_rows(tile, &params.o_map, to.q_row, to.rows, to.head, to.batch, params.head_dim_v, piece * O::kColumns);
       if (next >= 0 && piece > 0) give_place<1>(next, piece - 1);
     }
     if (next >= 0) give_place<0>(next, kPieces - 1);
     if (params.lse) {
-      float* lse = lse_row(params, batch, head, q_row);
+      float* lse = lse_row(params, to.batch, to.head, to.q_row);
 #pragma unroll
       for (int i = lane; i < 64; i += 32)
-        if (i < rows) lse[i] = shared.lse[part][i];
+        if (i < to.rows) lse[i] = shared.lse[part][i];
     }
   }
   __device__ __forceinline__ void run() {
@@ -315,7 +414,7 @@ struct Storer {
       while (part >= 0) {
         left ^= 1u << part;
         const int next = first();
-        store(item, part, Shared::kOwnPlaces ? -1 : next);
+        store<false>(item, part, Shared::kOwnPlaces ? -1 : next, 0);
         part = next;
       }
       __syncwarp();  // every lane has read the item

@@ -278,7 +278,7 @@ struct Consumer {
       });
       if (piece == 0 && threadIdx.x % 4 == 0) shared.lse[part][row] = lse[0], shared.lse[part][row + 8] = lse[1];
       // NaN: of a row that should be so, of one that outgrew float, or because a value that is not finite met the 0 of a pair that is not
-      // visible. Such rows are rare, and who stores them computes them anew.
+      // visible. Such rows are rare; who stores them finds out, and computes anew what must be.
       const bool spoilt = __any_sync(0xffffffff, ptx::has_nan<C.element>(worst));
       if (leader) shared.spoilt[part][piece][threadIdx.x % 128 / 32] = spoilt;
       ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);

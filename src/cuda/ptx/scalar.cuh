@@ -1,4 +1,4 @@
-// Single instructions that libcu++ lacks: exp2, packing of pairs, registers of a warpgroup, numbered barriers.
+// Instructions that libcu++ lacks: exp2, packing of pairs, additions to memory, registers of a warpgroup, numbered barriers.
 #pragma once
 
 #include <cstdint>
@@ -116,10 +116,11 @@ __device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b) {
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   return c;
 }
-template <Element kElement>
+// Whether a half is NaN; with kInfinite whether one is NaN or infinite.
+template <Element kElement, bool kInfinite = false>
 __device__ __forceinline__ bool has_nan(uint32_t pair) {
-  constexpr uint32_t kInfinity = kElement == Element::kBFloat16 ? 0x7f80 : 0x7c00;
-  return (pair & 0x7fff) > kInfinity || (pair >> 16 & 0x7fff) > kInfinity;
+  constexpr uint32_t kLargest = (kElement == Element::kBFloat16 ? 0x7f80 : 0x7c00) - kInfinite;
+  return (pair & 0x7fff) > kLargest || (pair >> 16 & 0x7fff) > kLargest;
 }
 
 // Four 8 x 8 matrices of 16-bit elements in fragments (tile/fragment.cuh) to shared memory; lane 8 i + j names the row j of matrix i.
