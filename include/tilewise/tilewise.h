@@ -70,7 +70,8 @@ typedef struct tw_tensor {
   int64_t shape[4], stride[4];
 } tw_tensor;
 
-/* Everything that tw_plan_run() reads and writes: tilewise::Arguments, with `dout` for do_. */
+/* Everything that tw_plan_run() reads and writes: tilewise::Arguments, with `dout` for do_. On a GPU nobody checks
+ * what cu_seqlens holds: of a sequence that is longer than the problem's seqlen_q or seqlen_k rows may be left out. */
 typedef struct tw_arguments {
   size_t struct_size;
   tw_tensor q, k, v, o, lse;
@@ -89,7 +90,9 @@ typedef struct tw_options {
   int64_t window_left, window_right;
   int32_t causal, deterministic;
   tw_tensor cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink;
-  int64_t max_seqlen_q, max_seqlen_k; /* packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows */
+  /* Packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows. Lengths beyond them are an error on a CPU; a GPU
+   * does not look, and may leave rows out. */
+  int64_t max_seqlen_q, max_seqlen_k;
   tw_tensor dlse, dsink;
   int32_t accumulate, reserved; /* reserved: 0 */
 } tw_options;
@@ -127,7 +130,9 @@ TW_API tw_status tw_device_cuda(int32_t index, tw_device* device);
 TW_API tw_status tw_plan_create(const tw_problem* problem, const tw_device* device, tw_plan** plan);
 /* NULL is allowed. */
 TW_API void tw_plan_destroy(tw_plan* plan);
-/* Allocates nothing and never synchronises. stream: NULL on a CPU. */
+/* Allocates nothing and never synchronises. stream: NULL on a CPU. On a GPU it may be captured into a CUDA graph: addresses (the
+ * workspace's too), shapes and strides are then those of the capture; what the tensors hold may change from replay to replay,
+ * cu_seqlens, seqused_k, alibi_slopes and sink included: only the GPU reads them. */
 TW_API tw_status tw_plan_run(const tw_plan* plan, const tw_arguments* arguments, struct CUstream_st* stream);
 /* What arguments.workspace must hold. 0 for NULL. */
 TW_API size_t tw_plan_workspace_bytes(const tw_plan* plan);

@@ -95,7 +95,8 @@ struct TW_API TensorView {
 };
 
 // Everything that plan.run() reads and writes, in memory of the plan's device. Shapes are dense [or packed]. What is written shares no
-// byte with any other tensor; tensors may lie interleaved in one buffer.
+// byte with any other tensor; tensors may lie interleaved in one buffer. On a GPU nobody checks what cu_seqlens holds: of a sequence that
+// is longer than the problem's seqlen_q or seqlen_k rows may be left out.
 struct Arguments {
   TensorView q;               // [batch, seqlen_q, num_heads_q, head_dim]      [total_q, num_heads_q, head_dim]
   TensorView k;               // [batch, seqlen_k, num_heads_kv, head_dim]     [total_k, num_heads_kv, head_dim]
@@ -123,6 +124,8 @@ class TW_API Plan {
  public:
   // Takes the first kernel that accepts; TILEWISE_KERNEL=name in the environment allows that kernel only.
   static Result<Plan> make(const Problem& problem, const Device& device = Device::cpu());
+  // On a GPU it may be captured into a CUDA graph. Addresses (the workspace's too), shapes and strides are then those of the capture; what
+  // the tensors hold may change from replay to replay, cu_seqlens, seqused_k, alibi_slopes and sink included: only the GPU reads them.
   Status run(const Arguments& arguments, Stream stream = nullptr) const;
   size_t workspace_bytes() const;
   std::string_view kernel() const;
@@ -145,7 +148,9 @@ struct Options {
   bool causal = false;
   Alignment alignment = Alignment::kBottomRight;
   TensorView cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink;
-  int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows
+  // Packed: upper bounds; 0: read from cu_seqlens on a CPU, else the packed rows. Lengths beyond them are an error on a CPU; a GPU does not
+  // look, and may leave rows out.
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;
   TensorView dlse, dsink;
   bool deterministic = false, accumulate = false;  // as in Problem
 };
