@@ -26,7 +26,7 @@ Result<Device> Device::cuda(int index) {
     if (device.index == index) return device;
   }
   return unavailable("CUDA device " + std::to_string(index) + " is not there: " +
-                     (backend.kernels().empty() ? "this build has no CUDA"
+                     (backend.kernels().empty() ? kNoCuda
                       : devices.empty()         ? "this machine has no GPU, or no driver that serves it (580 or newer)"
                                                 : "this machine has " + std::to_string(devices.size()) + ", numbered from 0"));
 }

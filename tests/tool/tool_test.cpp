@@ -594,7 +594,7 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
   Device gpu;
   gpu.type = DeviceType::kCuda;
   if (Plan::candidates(*Problem::parse("q8 d8"), gpu).empty()) {
-    expect_refusal("explain q8 d8 bf16 --device h200", "this build has no forward kernel for device NVIDIA H200 (sm_90)");
+    expect_refusal("explain q8 d8 bf16 --device h200", "this build has no CUDA: configure with -DTILEWISE_CUDA=ON");
     return;
   }
   for (const char* pass : {"fwd", "bwd"}) {
