@@ -251,7 +251,11 @@ Kernel forward_row(std::string_view name) {
           [](const Problem& p, const Device& d) { return refusal(kIsa, p, d); },
           [](const Problem& p, const Device& d) {
             const Params params = make_params(kIsa, p, d, {});
-            return TilePlan{params.tile.block_m, params.tile.block_n, static_cast<int64_t>(kIsa.forward_scratch(params)), d.units};
+            return TilePlan{.block_m = params.tile.block_m,
+                            .block_n = params.tile.block_n,
+                            .desk_bytes = static_cast<int64_t>(kIsa.forward_scratch(params)),
+                            .units = d.units,
+                            .grouped = true};
           },
           [](const Problem& p, const Device& d) { return forward_workspace(kIsa, p, d); },
           [](const Problem& p, const Device& d, const Arguments& a, Stream) { return forward(kIsa, p, d, a); }};
@@ -265,7 +269,11 @@ Kernel backward_row(std::string_view name) {
           [](const Problem& p, const Device& d) { return refusal(kIsa, p, d); },
           [](const Problem& p, const Device& d) {
             const Params params = make_params(kIsa, p, d, {});
-            return TilePlan{params.tile.block_m, params.tile.block_n, static_cast<int64_t>(kIsa.backward_scratch(params)), d.units};
+            return TilePlan{.block_m = params.tile.block_m,
+                            .block_n = params.tile.block_n,
+                            .desk_bytes = static_cast<int64_t>(kIsa.backward_scratch(params)),
+                            .units = d.units,
+                            .grouped = true};
           },
           [](const Problem& p, const Device& d) { return BackwardWorkspace(kIsa, make_params(kIsa, p, d, {}), d).bytes; },
           [](const Problem& p, const Device& d, const Arguments& a, Stream) { return backward(kIsa, p, d, a); }};

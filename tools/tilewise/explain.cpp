@@ -35,7 +35,8 @@ struct Times {
 };
 
 Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
-  const double rows = static_cast<double>(p.seqlen_q * (p.num_heads_q / p.num_heads_kv)), keys = static_cast<double>(p.seqlen_k);
+  const double rows = static_cast<double>(p.seqlen_q * (e.tiles.grouped ? p.num_heads_q / p.num_heads_kv : 1)),
+               keys = static_cast<double>(p.seqlen_k);
   const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
   const double d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
@@ -115,6 +116,7 @@ Json explanation_json(const Problem& p, const Device& device, const Explanation&
             {"block_n", e.tiles.block_n},
             {"desk_bytes", e.tiles.desk_bytes},
             {"units", e.tiles.units},
+            {"grouped", e.tiles.grouped},
             {"work_items", e.work_items},
             {"full", e.full_tiles},
             {"masked", e.masked_tiles},
