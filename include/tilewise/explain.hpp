@@ -13,6 +13,8 @@ struct TilePlan {
   int64_t desk_bytes = 0;  // what one unit keeps on its desk
   int64_t units = 0;       // threads or CTAs that work at the same time
   bool grouped = false;    // a row is a (query, head) of all the query heads of a key/value head; else a query of one head
+  int64_t head_dim = 0;    // columns that are multiplied: the problem's, or as many as the kernel fills them up to with zeros
+  int64_t head_dim_v = 0;
 };
 
 // The rows of one head group (not grouped: of one query head) of the first sequence as a picture of at most 16 x 64 cells, each of

@@ -265,7 +265,9 @@ Kernel kernel() {
                             .block_n = 64 * c.own_tiles(),
                             .desk_bytes = static_cast<int64_t>(row.shared_bytes),
                             .units = device.units / c.ctas() * c.ctas(),
-                            .grouped = false};
+                            .grouped = false,
+                            .head_dim = c.head_dim,
+                            .head_dim_v = c.head_dim_v};
           },
       .workspace_bytes = [](const Problem& p, const Device& device) { return Workspace(p, table()[kIndex].config, device).bytes; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,

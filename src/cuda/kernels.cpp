@@ -154,7 +154,9 @@ Kernel forward_kernel() {
                             .block_n = row.config.block_n,
                             .desk_bytes = static_cast<int64_t>(row.shared_bytes),
                             .units = device.units,
-                            .grouped = false};
+                            .grouped = false,
+                            .head_dim = row.config.head_dim,
+                            .head_dim_v = row.config.head_dim_v};
           },
       .workspace_bytes = [](const Problem&, const Device&) { return size_t{0}; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,

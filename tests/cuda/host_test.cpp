@@ -123,5 +123,16 @@ TEST(Host, ExplainCountsTheTilesOfEachQueryHead) {
   }
 }
 
+// Smaller head dimensions are filled up to the row's.
+TEST(Host, ExplainKnowsTheRowsDimensions) {
+  for (const std::string pass : {"fwd", "bwd"}) {
+    for (const auto& [dims, head_dim, head_dim_v] : std::vector<std::tuple<std::string, int64_t, int64_t>>{
+             {"d64", 64, 64}, {"d72", 96, 96}, {"d136/80", 192, 128}, {"d200", 256, 256}}) {
+      const TilePlan tiles = explain(Problem::parse(pass + " q300 bf16 " + dims).value(), hopper()).value().tiles;
+      EXPECT_EQ(std::pair(tiles.head_dim, tiles.head_dim_v), std::pair(head_dim, head_dim_v)) << pass << dims;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tilewise

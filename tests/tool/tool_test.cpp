@@ -604,6 +604,17 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
     EXPECT_EQ(plan["flash"]["memory_seconds"], plan["flash"]["least_bytes"].get<double>() / 4.8e12);
     EXPECT_LE(plan["tiles"]["desk_bytes"], plan["device"]["desk_bytes"]);
   }
+  // Tiles are of one query head, and head dimension 72 costs as much as 96.
+  for (const auto& [pass, products] : {std::pair("fwd", 4.0), {"bwd", 10.0}}) {
+    const Json plan = json(std::string("explain --json --device h200 q4096 h16/4 d72 bf16 causal ") + pass), &tiles = plan["tiles"];
+    const double area = tiles["block_m"].get<double>() * tiles["block_n"].get<double>();
+    const double computed = (tiles["full"].get<double>() + tiles["masked"].get<double>()) * area * products * 96;
+    EXPECT_NEAR(plan["flash"]["tiles_seconds"].get<double>() / (computed / 989.4e12), 1, 1e-12) << pass;
+    EXPECT_GT(plan["flash"]["tiles_seconds"], 96.0 / 72 * plan["flash"]["arithmetic_seconds"].get<double>()) << pass;
+  }
+  const Outcome text = tilewise("explain --device h200 q4096 h16 d64 bf16");
+  EXPECT_NE(text.out.find("FLOP/byte; this GPU balances at 206.1"), std::string::npos) << text.out;
+  EXPECT_NE(text.out.find("\nat best "), std::string::npos) << text.out;
   expect_refusal("explain q8 d8 --device h100", "dtype fp32 is neither bf16 nor fp16");
 }
 

@@ -29,16 +29,16 @@ std::string line_of(const TilePicture& picture, const TilePicture::Row& row, con
 // What the machine's measured rates make of a plan.
 struct Times {
   double arithmetic, memory, limit;  // of the useful work and the least traffic: no kernel is faster than the larger one, limit
-  double tiles, traffic, predicted;  // of the plan, whose masked tiles cost as much as full ones: the larger one is predicted
+  double tiles, traffic, predicted;  // of the plan, whose masked tiles and filled dimensions cost as much as any: the larger one
   double standard;                   // limit of standard attention
   double standard_intensity;
 };
 
 Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
-  const double rows = static_cast<double>(p.seqlen_q * (e.tiles.grouped ? p.num_heads_q / p.num_heads_kv : 1)),
-               keys = static_cast<double>(p.seqlen_k);
+  const int64_t heads_of_tile = e.tiles.grouped ? p.num_heads_q / p.num_heads_kv : 1;
+  const double rows = static_cast<double>(p.seqlen_q * heads_of_tile), keys = static_cast<double>(p.seqlen_k);
   const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
-  const double d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
+  const double d = static_cast<double>(e.tiles.head_dim), dv = static_cast<double>(e.tiles.head_dim_v);
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
   const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
   return {e.flops / rates.flops_per_second,
@@ -94,10 +94,11 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   pair("traffic", bytes_text(e.flash_bytes), bytes_text(e.standard_bytes), "to and from memory");
   if (device.type == DeviceType::kCuda) pair("", bytes_text(e.tile_bytes), "", "between L2 and the SMs");
   pair("intensity", fmt::format("{:.1f}", e.intensity), fmt::format("{:.1f}", times.standard_intensity),
-       fmt::format("FLOP/byte; this machine balances at {:.1f}", rates.flops_per_second / rates.bytes_per_second));
+       fmt::format("FLOP/byte; this {} balances at {:.1f}", device.type == DeviceType::kCuda ? "GPU" : "machine",
+                   rates.flops_per_second / rates.bytes_per_second));
   pair("limit", seconds_text(times.limit), seconds_text(times.standard),
        fmt::format("at {}FLOP/s and {}B/s, {}", si_text(rates.flops_per_second), si_text(rates.bytes_per_second), source));
-  pair("predicted", seconds_text(times.predicted), "",
+  pair("at best", seconds_text(times.predicted), "",
        fmt::format("{} bound, masked tiles in full", times.tiles >= times.traffic ? "arithmetic" : "memory"));
 }
 
@@ -117,6 +118,8 @@ Json explanation_json(const Problem& p, const Device& device, const Explanation&
             {"desk_bytes", e.tiles.desk_bytes},
             {"units", e.tiles.units},
             {"grouped", e.tiles.grouped},
+            {"head_dim", e.tiles.head_dim},
+            {"head_dim_v", e.tiles.head_dim_v},
             {"work_items", e.work_items},
             {"full", e.full_tiles},
             {"masked", e.masked_tiles},
