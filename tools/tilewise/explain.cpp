@@ -58,18 +58,50 @@ std::array<const char*, 3> glyphs() {
   return {".", "+", "#"};
 }
 
+// The kernels that were not chosen, each with its reason; one that more than three share stands once, with their number.
+std::vector<std::string> lines_of_others(const Explanation& e) {
+  constexpr int kShared = 3;
+  std::vector<Candidate> others = e.candidates;
+  std::erase_if(others, [&](const Candidate& c) { return c.name == e.kernel; });
+  std::vector<std::string> lines;
+  for (auto candidate = others.begin(); candidate != others.end(); ++candidate) {
+    const auto same = [&](const Candidate& other) { return other.refusal == candidate->refusal; };
+    const auto sharing = std::count_if(others.begin(), others.end(), same);
+    const std::string& refusal = candidate->refusal;
+    if (sharing <= kShared)
+      lines.push_back(candidate->name + ": " + (refusal.empty() ? "takes it too" : refusal));
+    else if (std::find_if(others.begin(), candidate, same) == candidate)
+      lines.push_back(fmt::format("{} kernels: {}", sharing, refusal.empty() ? "take it too" : refusal));
+  }
+  return lines;
+}
+
+// Breaks a line of ASCII at spaces; what follows is indented by two.
+std::vector<std::string> wrapped(std::string text, size_t columns) {
+  std::vector<std::string> lines;
+  while (text.size() > columns) {
+    const size_t at = text.rfind(' ', columns);
+    if (at == text.npos || at < 2) break;  // one long word
+    lines.push_back(text.substr(0, at));
+    text = "  " + text.substr(at + 1);
+  }
+  lines.push_back(text);
+  return lines;
+}
+
 const char* desk_name(const Device& device) { return device.type == DeviceType::kCpu ? "L2 cache of a core" : "shared memory of an SM"; }
 const char* unit_name(const Device& device) { return device.type == DeviceType::kCpu ? "threads" : "CTAs"; }
 
 void print(const Problem& p, const Device& device, const Explanation& e, const Rates& rates, const char* source) {
   const auto row = [](const char* name, const std::string& text) { fmt::print("{:<11} {}\n", name, text); };
   const Times times = times_of(p, e, rates);
-  row("problem", p.to_string());
+  constexpr size_t kColumns = 80 - 12;
+  const std::vector<std::string> problem = wrapped(p.to_string(), kColumns);
+  for (const std::string& part : problem) row(&part == problem.data() ? "problem" : "", part);
   row("device", device_text(device));
   row("kernel", e.kernel);
-  for (const Candidate& candidate : e.candidates)
-    if (candidate.name != e.kernel) row("", candidate.name + ": " + (candidate.refusal.empty() ? "takes it too" : candidate.refusal));
-
+  for (const std::string& line : lines_of_others(e))
+    for (const std::string& part : wrapped(line, kColumns)) row("", part);
   row("tiles", fmt::format("{} rows x {} keys, {} of the {} {}", e.tiles.block_m, e.tiles.block_n, bytes_text(e.tiles.desk_bytes),
                            bytes_text(device.desk_bytes), desk_name(device)));
   row("",
