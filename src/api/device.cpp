@@ -20,6 +20,7 @@ TensorView TensorView::contiguous(const void* data, DataType dtype, std::initial
 }
 
 Result<Device> Device::cuda(int index) {
+  if (index < 0) return invalid_argument("Device::cuda(" + std::to_string(index) + "): index " + std::to_string(index) + " is negative");
   const Backend& backend = cuda_backend();
   const std::vector<Device> devices = backend.devices();
   for (const Device& device : devices) {

@@ -33,6 +33,10 @@ std::string refuse_others(std::string_view allowed) {
 
 Status check_device(const Backend& backend, const Device& device) {
   if (backend.kernels().empty()) return unsupported(kNoCuda);
+  if (device.arch.empty()) {
+    const std::string type = backend.type == DeviceType::kCuda ? "cuda" : "cpu";
+    return invalid_argument("device was not filled in: Device::" + type + "() or tw_device_" + type + "() does");
+  }
   if (backend.check)
     if (Status status = backend.check(device); !status.ok()) return status;
   return device.units < 1 ? invalid_argument("device.units " + std::to_string(device.units) + " is not positive") : Status();

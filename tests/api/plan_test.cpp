@@ -366,6 +366,15 @@ TEST(Plan, RefusesWithSentences) {
   device.units = 0;
   EXPECT_EQ(Plan::make(*Problem::parse("q64 d32"), device).status().message(), "device.units 0 is not positive");
 
+  device = {};
+  EXPECT_EQ(Plan::make(*Problem::parse("q64 d32"), device).status().message(),
+            "device was not filled in: Device::cpu() or tw_device_cpu() does");
+  device.type = DeviceType::kCuda;
+  const bool has_cuda = !Plan::candidates(problem, device).empty();
+  EXPECT_EQ(Plan::make(*Problem::parse("q64 d32 bf16"), device).status().message(),
+            has_cuda ? "device was not filled in: Device::cuda() or tw_device_cuda() does"
+                     : "this build has no CUDA: configure with -DTILEWISE_CUDA=ON");
+
   const auto error_on = [](int threads) {
     const Device on = Device::cpu(threads);
     const Status sentence = Plan::make(*Problem::parse("q64 d32"), on).status();
@@ -439,6 +448,8 @@ TEST(Device, AreListed) {
   const Result<Device> cuda = Device::cuda(1 << 20);
   EXPECT_EQ(cuda.status().code(), StatusCode::kUnavailable);
   EXPECT_EQ(cuda.status().message().find("CUDA device 1048576 is not there: "), 0u) << cuda.status().message();
+  EXPECT_EQ(Device::cuda(-1).status().code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(Device::cuda(-1).status().message(), "Device::cuda(-1): index -1 is negative");
 }
 
 TEST(Buffer, CopiesInsideItsBounds) {

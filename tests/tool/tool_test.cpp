@@ -411,7 +411,11 @@ TEST_F(Tool, UsageErrorsAreOneSentence) {
   expect_refusal("verify", "verify needs a PROBLEM");
   expect_refusal("verify q8 d8 --layout round", "layout 'round'");
   if (!Device::cuda().ok()) expect_refusal("explain q8 d8 --device cuda", "CUDA", 3);
-  expect_refusal("bench q8 d8 --device h200", "--device: h200 not in {cpu,cuda}");
+  expect_refusal("bench q8 d8 --device h200",
+                 "--device: h200 is for explain only, which plans by its data sheet: bench runs on cpu or cuda");
+  expect_refusal("verify q8 d8 --device h100", "--device: h100 is for explain only");
+  expect_refusal("bench q8 d8 --device gpu", "--device: gpu not in {cpu,cuda}");
+  expect_refusal("explain q8 d8 --device gpu", "--device: gpu not in {cpu,cuda,h100,h200}");
 }
 
 TEST_F(Tool, HelpAndVersion) {

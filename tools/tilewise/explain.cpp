@@ -252,14 +252,18 @@ void list_devices(bool as_json) {
 
 }  // namespace
 
+std::vector<std::string> card_names() {
+  std::vector<std::string> names;
+  for (const Card& card : cards()) names.emplace_back(card.name);
+  return names;
+}
+
 void add_explain(CLI::App* app) {
   auto* command = app->add_subcommand("explain", "The tile plan of a problem, what it moves and what bounds it");
   auto options = std::make_shared<ExplainOptions>();
   command->add_option("problem", options->problem, "PROBLEM")->type_name("")->required();
   command->add_flag("--json", options->json, "as JSON");
-  std::vector<std::string> names{"cpu", "cuda"};
-  for (const Card& card : cards()) names.emplace_back(card.name);
-  options->device.add_to(command, names);
+  options->device.add_to(command, true);
   command->footer("Example: tilewise explain q4096 h8 d64 causal\nh100 and h200 are planned for by their data sheets, wherever this runs.");
   command->callback([options] { explain_one(*options); });
 }
