@@ -8,14 +8,17 @@ namespace tilewise {
 
 // How a kernel cuts a problem on a device.
 struct TilePlan {
-  int64_t block_m = 0;     // query rows that share one reading of K and V (with grouped heads: rows of (query, head))
+  int64_t block_m = 0;     // rows that share one reading of K and V
   int64_t block_n = 0;     // keys in one tile on the desk
   int64_t desk_bytes = 0;  // what one unit keeps on its desk
   int64_t units = 0;       // threads or CTAs that work at the same time
+  bool grouped = false;    // a row is a (query, head) of all the query heads of a key/value head; else a query of one head
+  int64_t head_dim = 0;    // columns that are multiplied: the problem's, or as many as the kernel fills them up to with zeros
+  int64_t head_dim_v = 0;
 };
 
-// One head group of the first sequence as a picture of at most 16 x 64 cells, each of rows_per_cell x columns_per_cell tiles.
-// In a row of cells [begin, end) is touched, of which [full_begin, full_end) needs no mask.
+// The rows of one head group (not grouped: of one query head) of the first sequence as a picture of at most 16 x 64 cells, each of
+// rows_per_cell x columns_per_cell tiles. In a row of cells [begin, end) is touched, of which [full_begin, full_end) needs no mask.
 struct TilePicture {
   struct Row {
     int64_t begin, full_begin, full_end, end;
@@ -28,7 +31,7 @@ struct Explanation {
   std::string kernel;
   TilePlan tiles;
   std::vector<Candidate> candidates;
-  int64_t work_items = 0;                                       // (batch, head group, block of rows; backward: block of keys)
+  int64_t work_items = 0;  // (batch, head group or head, block of rows); backward: (batch, key/value head, block of keys)
   int64_t full_tiles = 0, masked_tiles = 0, skipped_tiles = 0;  // block_m x block_n tiles: no mask, mask applied, never touched
   TilePicture picture;
   double flops = 0;                            // useful: visible (query, key) pairs only

@@ -20,13 +20,14 @@ TensorView TensorView::contiguous(const void* data, DataType dtype, std::initial
 }
 
 Result<Device> Device::cuda(int index) {
+  if (index < 0) return invalid_argument("Device::cuda(" + std::to_string(index) + "): index " + std::to_string(index) + " is negative");
   const Backend& backend = cuda_backend();
   const std::vector<Device> devices = backend.devices();
   for (const Device& device : devices) {
     if (device.index == index) return device;
   }
   return unavailable("CUDA device " + std::to_string(index) + " is not there: " +
-                     (backend.kernels().empty() ? "this build has no CUDA"
+                     (backend.kernels().empty() ? kNoCuda
                       : devices.empty()         ? "this machine has no GPU, or no driver that serves it (580 or newer)"
                                                 : "this machine has " + std::to_string(devices.size()) + ", numbered from 0"));
 }

@@ -11,7 +11,7 @@
 namespace tilewise {
 namespace {
 
-// One head group (one key/value head with its query heads) of one sequence.
+// The rows of `group` query heads that share blocks, of one sequence: all those of a key/value head, or one.
 struct GroupCounts {
   double items = 0, full = 0, masked = 0, skipped = 0;
   double pairs = 0;      // visible (query, key) pairs of one query head
@@ -25,7 +25,7 @@ double clamped_sum(double first, double n, double limit) {
   return (top - rise) * (first + (rise + top - 1) / 2) + (n - top) * limit;
 }
 
-// The rows of a head group, [begin, end), and the queries that they hold.
+// Rows of (query, head), [begin, end), and the queries that they hold.
 struct Rows {
   int64_t begin, end;
   int m_begin, m_end;
@@ -79,6 +79,9 @@ int64_t to_count(double value) { return static_cast<int64_t>(std::min(value, 9.0
 
 double element_bytes(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
 
+// Query heads whose rows lie in the same blocks.
+int64_t heads_of_block(const Problem& p, const TilePlan& tiles) { return tiles.grouped ? p.num_heads_q / p.num_heads_kv : 1; }
+
 // Adds up sequences.
 class Counter {
  public:
@@ -89,21 +92,22 @@ class Counter {
     if (seqlen_q != seqlen_q_ || seqlen_k != seqlen_k_) {
       const Band band = make_band(static_cast<int>(seqlen_q), static_cast<int>(seqlen_k), p_.window_left, p_.window_right,
                                   p_.alignment == Alignment::kTopLeft);
-      const int group = static_cast<int>(p_.num_heads_q / p_.num_heads_kv);
+      const int group = static_cast<int>(heads_of_block(p_, e_.tiles));
       counts_ = count_group(band, group, e_.tiles);
       if (seqlen_q_ < 0) e_.picture = draw(band, group, e_.tiles);
       seqlen_q_ = seqlen_q;
       seqlen_k_ = seqlen_k;
     }
     const double groups = times * static_cast<double>(p_.num_heads_kv), heads = times * static_cast<double>(p_.num_heads_q);
-    // Forward a unit takes a block of rows, backward a block of keys.
+    const double alike = e_.tiles.grouped ? groups : heads;  // walks over blocks of rows
+    // Forward a unit takes a block of rows, backward a block of keys, and goes over all query heads of its head.
     const double key_blocks = static_cast<double>(ceil_div(seqlen_k, e_.tiles.block_n));
-    items_ += groups * (p_.pass == Pass::kForward ? counts_.items : key_blocks);
-    full_ += groups * counts_.full;
-    masked_ += groups * counts_.masked;
-    skipped_ += groups * counts_.skipped;
-    keys_read_ += groups * counts_.keys_read;
-    rows_read_ += groups * counts_.rows_read;
+    items_ += p_.pass == Pass::kForward ? alike * counts_.items : groups * key_blocks;
+    full_ += alike * counts_.full;
+    masked_ += alike * counts_.masked;
+    skipped_ += alike * counts_.skipped;
+    keys_read_ += alike * counts_.keys_read;
+    rows_read_ += alike * counts_.rows_read;
     pairs_ += heads * counts_.pairs;
     rows_ += heads * static_cast<double>(seqlen_q);
     group_keys_ += groups * static_cast<double>(seqlen_k);
@@ -205,9 +209,9 @@ Result<Explanation> explain(const Problem& problem, const Device& device, const 
   Explanation e;
   e.kernel = (*kernel)->name;
   e.tiles = (*kernel)->tile_plan(problem, device);
-  // A few seconds of counting. Blocks of rows per head group are what is walked; nothing else is large.
+  // A few seconds of counting. Blocks of the rows of one head group, or head, are what is walked; nothing else is large.
   constexpr int64_t kMostBlocks = 1 << 28;
-  const int64_t blocks = ceil_div(problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv), e.tiles.block_m);
+  const int64_t blocks = ceil_div(problem.seqlen_q * heads_of_block(problem, e.tiles), e.tiles.block_m);
   if (blocks > kMostBlocks) {
     return unsupported("seqlen_q " + std::to_string(problem.seqlen_q) + " with num_heads_q " + std::to_string(problem.num_heads_q) +
                        " over num_heads_kv " + std::to_string(problem.num_heads_kv) + " makes " + std::to_string(blocks) +

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <iterator>
+#include <utility>
 
 #include "core/config.h"
 #include "tilewise/tilewise.hpp"
@@ -69,6 +70,14 @@ class Parser {
     if (word("sink")) return set(kSink, token, p.sink, true);
     if (word("deterministic")) return set(kDeterministic, token, p.deterministic, true);
     if (word("accumulate")) return set(kAccumulate, token, p.accumulate, true);
+    for (const auto& [name, example] : {std::pair("b", "b2"),
+                                        {"q", "q4096"},
+                                        {"k", "k4096"},
+                                        {"h", "h32 or h32/8"},
+                                        {"d", "d128 or d192/128"},
+                                        {"tq", "tq300"},
+                                        {"tk", "tk400"}})
+      if (word(name)) return invalid_argument(quoted(token) + " needs a number, as in " + example);
     return invalid_argument(quoted(token) +
                             " is none of fwd bwd b q k h d fp32 bf16 fp16 causal window= topleft packed tq tk seqused scale= softcap= "
                             "alibi sink deterministic accumulate");
@@ -113,7 +122,11 @@ class Parser {
   bool seen(Field field) const { return !first_[field].empty(); }
 
   Status once(Field field, std::string_view token) {
-    if (seen(field)) return invalid_argument(quoted(token) + " sets again what " + quoted(first_[field]) + " has set");
+    if (seen(field)) {
+      const bool both = field == kWindow && (token == "causal") != (first_[field] == "causal");
+      return invalid_argument(quoted(token) + " sets again what " + quoted(first_[field]) + " has set" +
+                              (both ? ": window=L,0 already is causal" : ""));
+    }
     first_[field] = token;
     return {};
   }

@@ -250,8 +250,15 @@ Kernel forward_row(std::string_view name) {
           Pass::kForward,
           [](const Problem& p, const Device& d) { return refusal(kIsa, p, d); },
           [](const Problem& p, const Device& d) {
+            constexpr int64_t kColumns = 8;  // of O at once, as in forward.cc
             const Params params = make_params(kIsa, p, d, {});
-            return TilePlan{params.tile.block_m, params.tile.block_n, static_cast<int64_t>(kIsa.forward_scratch(params)), d.units};
+            return TilePlan{.block_m = params.tile.block_m,
+                            .block_n = params.tile.block_n,
+                            .desk_bytes = static_cast<int64_t>(kIsa.forward_scratch(params)),
+                            .units = d.units,
+                            .grouped = true,
+                            .head_dim = p.head_dim,
+                            .head_dim_v = round_up<int64_t>(p.head_dim_v, kColumns)};
           },
           [](const Problem& p, const Device& d) { return forward_workspace(kIsa, p, d); },
           [](const Problem& p, const Device& d, const Arguments& a, Stream) { return forward(kIsa, p, d, a); }};
@@ -264,8 +271,15 @@ Kernel backward_row(std::string_view name) {
           Pass::kBackward,
           [](const Problem& p, const Device& d) { return refusal(kIsa, p, d); },
           [](const Problem& p, const Device& d) {
+            // S and dP take the dimensions as they are; dQ, dK and dV have whole vectors of them, which is not counted.
             const Params params = make_params(kIsa, p, d, {});
-            return TilePlan{params.tile.block_m, params.tile.block_n, static_cast<int64_t>(kIsa.backward_scratch(params)), d.units};
+            return TilePlan{.block_m = params.tile.block_m,
+                            .block_n = params.tile.block_n,
+                            .desk_bytes = static_cast<int64_t>(kIsa.backward_scratch(params)),
+                            .units = d.units,
+                            .grouped = true,
+                            .head_dim = p.head_dim,
+                            .head_dim_v = p.head_dim_v};
           },
           [](const Problem& p, const Device& d) { return BackwardWorkspace(kIsa, make_params(kIsa, p, d, {}), d).bytes; },
           [](const Problem& p, const Device& d, const Arguments& a, Stream) { return backward(kIsa, p, d, a); }};

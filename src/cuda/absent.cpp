@@ -3,7 +3,7 @@
 
 namespace tilewise {
 namespace {
-Status absent() { return unavailable("this build has no CUDA"); }
+Status absent() { return unavailable(kNoCuda); }
 }  // namespace
 
 const Backend& cuda_backend() {

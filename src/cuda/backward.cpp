@@ -258,7 +258,13 @@ Kernel kernel() {
           [](const Problem&, const Device& device) {
             const BackwardRow& row = table()[kIndex];
             const BackwardConfig& c = row.config;
-            return TilePlan{c.block_m, 64 * c.own_tiles(), static_cast<int64_t>(row.shared_bytes), device.units / c.ctas() * c.ctas()};
+            return TilePlan{.block_m = c.block_m,
+                            .block_n = 64 * c.own_tiles(),
+                            .desk_bytes = static_cast<int64_t>(row.shared_bytes),
+                            .units = device.units / c.ctas() * c.ctas(),
+                            .grouped = false,
+                            .head_dim = c.head_dim,
+                            .head_dim_v = c.head_dim_v};
           },
       .workspace_bytes = [](const Problem& p, const Device& device) { return Workspace(p, table()[kIndex].config, device).bytes; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,

@@ -145,7 +145,13 @@ Kernel forward_kernel() {
       .tile_plan =
           [](const Problem&, const Device& device) {
             const ForwardRow& row = forward_table()[kIndex];
-            return TilePlan{row.config.block_m(), row.config.block_n, static_cast<int64_t>(row.shared_bytes), device.units};
+            return TilePlan{.block_m = row.config.block_m(),
+                            .block_n = row.config.block_n,
+                            .desk_bytes = static_cast<int64_t>(row.shared_bytes),
+                            .units = device.units,
+                            .grouped = false,
+                            .head_dim = row.config.head_dim,
+                            .head_dim_v = row.config.head_dim_v};
           },
       .workspace_bytes = [](const Problem&, const Device&) { return size_t{0}; },
       .launch = [](const Problem& p, const Device& device, const Arguments& a,

@@ -38,6 +38,8 @@ struct Backend {
   Status (*check)(const Device&) = nullptr;  // what a caller can have set wrong
 };
 
+constexpr const char* kNoCuda = "this build has no CUDA: configure with -DTILEWISE_CUDA=ON";
+
 const Backend& cpu_backend();
 const Backend& cuda_backend();
 const Backend& backend_of(DeviceType type);

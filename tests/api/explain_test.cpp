@@ -138,6 +138,17 @@ TEST(Explain, SequencesWithoutLengthsCountWithTheirBounds) {
   expect_equal(*Problem::parse("b2 q50 k120 h2 d16 seqused causal"), used, {{50, 3}, {50, 0}});
 }
 
+TEST(Explain, KnowsTheDimensionsThatAreMultiplied) {
+  const auto dims = [](const char* problem) {
+    const TilePlan tiles = explain(*Problem::parse(problem))->tiles;
+    EXPECT_TRUE(tiles.grouped);
+    return std::pair(tiles.head_dim, tiles.head_dim_v);
+  };
+  EXPECT_EQ(dims("q64 d7/9"), std::pair(int64_t{7}, int64_t{16}));
+  EXPECT_EQ(dims("q64 d64"), std::pair(int64_t{64}, int64_t{64}));
+  EXPECT_EQ(dims("bwd q64 d7/9"), std::pair(int64_t{7}, int64_t{9}));
+}
+
 TEST(Explain, MatricesOfStandardAttention) {
   EXPECT_EQ(explain(*Problem::parse("b2 q100 k50 h4/2 d16 bf16 causal"))->standard_extra_bytes, 2 * 4 * 100 * 50 * 2);
   EXPECT_EQ(explain(*Problem::parse("bwd b2 q100 k50 h4/2 d16"))->standard_extra_bytes, 2 * 4 * 100 * 50 * 4 * 2);

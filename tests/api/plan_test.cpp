@@ -366,6 +366,15 @@ TEST(Plan, RefusesWithSentences) {
   device.units = 0;
   EXPECT_EQ(Plan::make(*Problem::parse("q64 d32"), device).status().message(), "device.units 0 is not positive");
 
+  device = {};
+  EXPECT_EQ(Plan::make(*Problem::parse("q64 d32"), device).status().message(),
+            "device was not filled in: Device::cpu() or tw_device_cpu() does");
+  device.type = DeviceType::kCuda;
+  const bool has_cuda = !Plan::candidates(problem, device).empty();
+  EXPECT_EQ(Plan::make(*Problem::parse("q64 d32 bf16"), device).status().message(),
+            has_cuda ? "device was not filled in: Device::cuda() or tw_device_cuda() does"
+                     : "this build has no CUDA: configure with -DTILEWISE_CUDA=ON");
+
   const auto error_on = [](int threads) {
     const Device on = Device::cpu(threads);
     const Status sentence = Plan::make(*Problem::parse("q64 d32"), on).status();
@@ -398,13 +407,35 @@ TEST(Plan, EnvironmentForcesKernels) {
     EXPECT_EQ(Plan::make(backward_problem).status().code(), StatusCode::kUnsupported);
   }
   const std::string both = std::string(all.back().name) + "," + Plan::candidates(backward_problem).front().name;
-  setenv("TILEWISE_KERNEL", "no_such_kernel", 1);
-  EXPECT_FALSE(Plan::make(forward_problem).ok());
   unsetenv("TILEWISE_KERNEL");
   const std::string backward_kernel(Plan::make(backward_problem)->kernel());
   setenv("TILEWISE_KERNEL", (all.back().name + "," + backward_kernel).c_str(), 1);
   EXPECT_EQ(Plan::make(forward_problem)->kernel(), all.back().name);
   EXPECT_EQ(Plan::make(backward_problem)->kernel(), backward_kernel);
+  unsetenv("TILEWISE_KERNEL");
+}
+
+// The sentence ends with what the environment forbids and why the kernels that it allows refuse; what others refuse is of no use.
+TEST(Plan, ForcedKernelsThatRefuseSayWhy) {
+  const auto error_with_kernel = [](const char* kernels, const char* problem) {
+    setenv("TILEWISE_KERNEL", kernels, 1);
+    const Status status = Plan::make(*Problem::parse(problem)).status();
+    unsetenv("TILEWISE_KERNEL");
+    EXPECT_EQ(status.code(), StatusCode::kUnsupported);
+    return status.message().substr(status.message().find("): ") + 3);
+  };
+  const std::string forward_name = Plan::candidates(*Problem::parse("q64 d32")).back().name;
+  const std::string backward_name = Plan::candidates(*Problem::parse("bwd q64 d32")).back().name, both = forward_name + "," + backward_name;
+  EXPECT_EQ(error_with_kernel("foo", "q64 d32"), "TILEWISE_KERNEL foo is no kernel of this build");
+  EXPECT_EQ(error_with_kernel("foo,forward_", "bwd q64 d513"), "TILEWISE_KERNEL foo,forward_ is no kernel of this build");
+  EXPECT_EQ(error_with_kernel(backward_name.c_str(), "q64 d32"), "TILEWISE_KERNEL allows " + backward_name + " only");
+  EXPECT_EQ(error_with_kernel(forward_name.c_str(), "q64 d513"),
+            "TILEWISE_KERNEL allows " + forward_name + " only; " + forward_name + ": head_dim 513 is above 512");
+  EXPECT_EQ(error_with_kernel(both.c_str(), "bwd q64 d513"),
+            "TILEWISE_KERNEL allows " + both + " only; " + backward_name + ": head_dim 513 is above 512");
+  setenv("TILEWISE_KERNEL", "foo", 1);
+  for (const Candidate& candidate : Plan::candidates(*Problem::parse("q64 d32")))
+    EXPECT_EQ(candidate.refusal, "TILEWISE_KERNEL foo is no kernel of this build");
   unsetenv("TILEWISE_KERNEL");
 }
 
@@ -417,6 +448,8 @@ TEST(Device, AreListed) {
   const Result<Device> cuda = Device::cuda(1 << 20);
   EXPECT_EQ(cuda.status().code(), StatusCode::kUnavailable);
   EXPECT_EQ(cuda.status().message().find("CUDA device 1048576 is not there: "), 0u) << cuda.status().message();
+  EXPECT_EQ(Device::cuda(-1).status().code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(Device::cuda(-1).status().message(), "Device::cuda(-1): index -1 is negative");
 }
 
 TEST(Buffer, CopiesInsideItsBounds) {

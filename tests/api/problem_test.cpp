@@ -104,7 +104,11 @@ TEST(Problem, BadTokensAreNamed) {
   EXPECT_EQ(error_of("q4"), "the problem has no d: the head dimension, as in d128 or d192/128");
   EXPECT_EQ(error_of("q4 d8 q5"), "token 'q5' sets again what token 'q4' has set");
   EXPECT_EQ(error_of("fwd q4 d8 bwd"), "token 'bwd' sets again what token 'fwd' has set");
-  EXPECT_EQ(error_of("q4 d8 causal window=3,0"), "token 'window=3,0' sets again what token 'causal' has set");
+  EXPECT_EQ(error_of("q4 d8 causal window=3,0"), "token 'window=3,0' sets again what token 'causal' has set: window=L,0 already is causal");
+  EXPECT_EQ(error_of("q4 d8 window=3,0 causal"), "token 'causal' sets again what token 'window=3,0' has set: window=L,0 already is causal");
+  EXPECT_EQ(error_of("q4 d8 window=3,0 window=3,1"), "token 'window=3,1' sets again what token 'window=3,0' has set");
+  EXPECT_EQ(error_of("q d8"), "token 'q' needs a number, as in q4096");
+  EXPECT_EQ(error_of("q4 d"), "token 'd' needs a number, as in d128 or d192/128");
   EXPECT_EQ(error_of("q4 d8 fp32 fp16"), "token 'fp16' sets again what token 'fp32' has set");
   EXPECT_EQ(error_of("q9223372036854775808 d8"), "token 'q9223372036854775808' has a number that is out of range");
   EXPECT_EQ(error_of("q4 d8 scale=1e99"), "token 'scale=1e99' has a number that is out of range");
@@ -114,7 +118,10 @@ TEST(Problem, BadTokensAreNamed) {
   EXPECT_EQ(error_of("q4 d8/4/2"), "token 'd8/4/2' has '4/2' where a number belongs");
   EXPECT_EQ(error_of("q4 d8 window=1"), "token 'window=1' needs two numbers, as in window=128,0 (-1: unbounded)");
   EXPECT_EQ(error_of("q4 d8 packed tq4"), "packed needs tq and tk, the rows of all sequences together, as in packed tq300 tk400");
-  for (const char* token : {"foo", "Q4", "b", "d", "q", "h", "causa", "causal,", "window", "scale", "q+4", "=", "fp64", "\x01"}) {
+  for (const char* token : {"b", "q", "k", "h", "d", "tq", "tk"})
+    EXPECT_EQ(error_of(std::string("q4 d8 ") + token).find("token '" + std::string(token) + "' needs a number, as in " + token), 0u)
+        << token;
+  for (const char* token : {"foo", "Q4", "t", "causa", "causal,", "window", "scale", "q+4", "=", "fp64", "\x01"}) {
     const std::string error = error_of(std::string("q4 d8 ") + token);
     EXPECT_EQ(error.find("token '" + std::string(token) + "' is none of fwd bwd "), 0u) << error;
   }

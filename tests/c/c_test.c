@@ -215,6 +215,7 @@ static void test_mistakes(void) {
   EXPECT_ERROR(tw_device_cpu(-1, &device), TW_INVALID_ARGUMENT, "threads -1 is negative");
   EXPECT_ERROR(tw_device_cpu(0, NULL), TW_INVALID_ARGUMENT, "tw_device is NULL");
   EXPECT(tw_device_cuda(1 << 20, &device) == TW_UNAVAILABLE);
+  EXPECT_ERROR(tw_device_cuda(-1, &device), TW_INVALID_ARGUMENT, "Device::cuda(-1): index -1 is negative");
   device.reserved = 1;
   EXPECT_ERROR(tw_plan_create(&problem, &device, &plan), TW_INVALID_ARGUMENT, "tw_device.reserved is 1, but it must be 0");
   device.reserved = 0;
@@ -228,6 +229,10 @@ static void test_mistakes(void) {
   EXPECT(tw_problem_validate(&problem) == TW_INVALID_ARGUMENT);
   EXPECT(tw_problem_parse("q4 d600", &problem) == TW_INVALID_ARGUMENT);
   tw_problem_init(&problem, sizeof problem);
+  EXPECT(tw_problem_parse("q4 d8", &problem) == TW_OK);
+  device.type = TW_CPU;
+  EXPECT_ERROR(tw_plan_create(&problem, &device, &plan), TW_INVALID_ARGUMENT,
+               "device was not filled in: Device::cpu() or tw_device_cpu() does");
   EXPECT(tw_problem_parse("q4 d600", &problem) == TW_OK);
   EXPECT(tw_plan_create(&problem, NULL, &plan) == TW_UNSUPPORTED && plan == NULL);
 }

@@ -1,6 +1,7 @@
 // What the CUDA backend decides on the host, for a device as a value: no GPU is needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -66,6 +67,71 @@ TEST(Host, ExplainKnowsL2) {
   EXPECT_EQ(e.least_bytes, e.flash_bytes);
   const double blocks = 2.0 * 4096 / static_cast<double>(e.tiles.block_m);  // of a key/value head
   EXPECT_EQ(e.tile_bytes, 2 * q + lse + blocks * kv);
+}
+
+// A tile of queries is of one query head, forward and backward. By hand: 300 queries are two blocks of 256, or three of 128; 700 keys ten
+// blocks of 64 and a rest, or five of 128 and a rest; of 8 heads in 2 sequences.
+TEST(Host, ExplainKnowsThatHeadsAreNotGrouped) {
+  const Explanation forward = explain(Problem::parse("b2 q300 k700 h8/2 d64 bf16").value(), hopper()).value();
+  ASSERT_EQ(std::tuple(forward.tiles.block_m, forward.tiles.block_n, forward.tiles.grouped), std::tuple(256, 64, false));
+  EXPECT_EQ(forward.work_items, 16 * 2);
+  EXPECT_EQ(forward.full_tiles, 16 * 2 * 10);
+  EXPECT_EQ(forward.masked_tiles, 16 * 2 * 1);
+  EXPECT_EQ(forward.picture.rows.size(), 2u);
+  EXPECT_EQ(forward.tile_bytes, 16 * (2.0 * 300 * 128 + 4.0 * 300 + 2 * (2.0 * 700 * 128)));
+  const Explanation backward = explain(Problem::parse("bwd b2 q300 k700 h8/2 d64 bf16").value(), hopper()).value();
+  ASSERT_EQ(std::tuple(backward.tiles.block_m, backward.tiles.block_n, backward.tiles.grouped), std::tuple(128, 128, false));
+  EXPECT_EQ(backward.work_items, 4 * 6);  // of a key/value head: all its query heads pass by
+  EXPECT_EQ(backward.full_tiles, 16 * 3 * 5);
+  EXPECT_EQ(backward.masked_tiles, 16 * 3 * 1);
+  EXPECT_EQ(backward.picture.rows.size(), 3u);
+}
+
+// And where pairs are hidden: every pair of one head is asked for.
+TEST(Host, ExplainCountsTheTilesOfEachQueryHead) {
+  for (const char* text :
+       {"b2 q300 k700 h8/2 d64 bf16 causal", "b3 q900 k500 h6/1 d128 bf16 causal topleft", "q1000 h4/2 d96 fp16 window=70,30",
+        "q1000 h12/4 d192/128 bf16 window=-1,300 topleft", "b2 q65 k1500 h3 d256 bf16 causal"}) {
+    for (const std::string pass : {"fwd ", "bwd "}) {
+      const Problem p = Problem::parse(pass + text).value();
+      const Explanation e = explain(p, hopper()).value();
+      const int64_t block_m = e.tiles.block_m, block_n = e.tiles.block_n, heads = p.batch * p.num_heads_q;
+      const int64_t offset = p.alignment == Alignment::kTopLeft ? 0 : p.seqlen_k - p.seqlen_q;
+      int64_t full = 0, masked = 0, skipped = 0, items = 0, keys_read = 0;
+      for (int64_t m = 0; m < p.seqlen_q; m += block_m, ++items) {
+        for (int64_t n = 0; n < p.seqlen_k; n += block_n) {
+          int64_t seen = 0, pairs = 0;
+          for (int64_t i = m; i < std::min(m + block_m, p.seqlen_q); ++i, pairs += block_n)
+            for (int64_t j = n; j < std::min(n + block_n, p.seqlen_k); ++j)
+              seen += (p.window_left < 0 || j >= i + offset - p.window_left) && (p.window_right < 0 || j <= i + offset + p.window_right);
+          full += seen == pairs, skipped += seen == 0, masked += seen > 0 && seen < pairs;
+          if (seen > 0) keys_read += std::min(block_n, p.seqlen_k - n);
+        }
+      }
+      const std::string name = p.to_string();
+      EXPECT_EQ(e.full_tiles, heads * full) << name;
+      EXPECT_EQ(e.masked_tiles, heads * masked) << name;
+      EXPECT_EQ(e.skipped_tiles, heads * skipped) << name;
+      if (p.pass == Pass::kBackward) {
+        EXPECT_EQ(e.work_items, p.batch * p.num_heads_kv * ((p.seqlen_k + block_n - 1) / block_n)) << name;
+      } else {
+        EXPECT_EQ(e.work_items, heads * items) << name;
+        const int64_t dims = p.head_dim + p.head_dim_v;
+        EXPECT_EQ(e.tile_bytes, static_cast<double>(heads * (p.seqlen_q * (2 * dims + 4) + keys_read * 2 * dims))) << name;
+      }
+    }
+  }
+}
+
+// Smaller head dimensions are filled up to the row's.
+TEST(Host, ExplainKnowsTheRowsDimensions) {
+  for (const std::string pass : {"fwd", "bwd"}) {
+    for (const auto& [dims, head_dim, head_dim_v] : std::vector<std::tuple<std::string, int64_t, int64_t>>{
+             {"d64", 64, 64}, {"d72", 96, 96}, {"d136/80", 192, 128}, {"d200", 256, 256}}) {
+      const TilePlan tiles = explain(Problem::parse(pass + " q300 bf16 " + dims).value(), hopper()).value().tiles;
+      EXPECT_EQ(std::pair(tiles.head_dim, tiles.head_dim_v), std::pair(head_dim, head_dim_v)) << pass << dims;
+    }
+  }
 }
 
 }  // namespace

@@ -190,7 +190,7 @@ def test_errors_name_argument_value_and_rule():
         (TypeError, "q is of type array, which is not read", lambda: tilewise.attention(array.array("f", [1.0]), k, v)),
         (NotImplementedError, "head_dim 600 is above 512", lambda: tilewise.attention(*[np.zeros((1, 2, 1, 600), np.float32)] * 3)),
         (RuntimeError, "CUDA device 99 is not there", lambda: tilewise.Device.cuda(99)),
-        (ValueError, "token 'q' is none of", lambda: tilewise.explain("q d64")),
+        (ValueError, "token 'q' needs a number, as in q4096", lambda: tilewise.explain("q d64")),
         (TypeError, "problem 4096 is not a string", lambda: tilewise.explain(4096)),
         (TypeError, "device 'cpu' is not a tilewise.Device", lambda: tilewise.explain("q8 d64", "cpu")),
         (TypeError, "lengths_q 'ab' is not a sequence", lambda: tilewise.explain("q8 d64", lengths_q="ab")),

@@ -411,7 +411,11 @@ TEST_F(Tool, UsageErrorsAreOneSentence) {
   expect_refusal("verify", "verify needs a PROBLEM");
   expect_refusal("verify q8 d8 --layout round", "layout 'round'");
   if (!Device::cuda().ok()) expect_refusal("explain q8 d8 --device cuda", "CUDA", 3);
-  expect_refusal("bench q8 d8 --device h200", "--device: h200 not in {cpu,cuda}");
+  expect_refusal("bench q8 d8 --device h200",
+                 "--device: h200 is for explain only, which plans by its data sheet: bench runs on cpu or cuda");
+  expect_refusal("verify q8 d8 --device h100", "--device: h100 is for explain only");
+  expect_refusal("bench q8 d8 --device gpu", "--device: gpu not in {cpu,cuda}");
+  expect_refusal("explain q8 d8 --device gpu", "--device: gpu not in {cpu,cuda,h100,h200}");
 }
 
 TEST_F(Tool, HelpAndVersion) {
@@ -577,16 +581,24 @@ TEST_F(Tool, ExplainEndsForAnyProblem) {
   EXPECT_EQ(e->work_items, 2 * 333333334);
 }
 
+void expect_lines_of_80_columns(const std::string& text) {
+  const auto columns = [](const std::string& line) {  // of UTF-8
+    return std::count_if(line.begin(), line.end(), [](char c) { return (c & 0xc0) != 0x80; });
+  };
+  std::string line;
+  for (std::istringstream lines(text); std::getline(lines, line);) EXPECT_LE(columns(line), 80) << line;
+}
+
 TEST_F(Tool, ExplainListsEveryCandidate) {
   const Outcome run = tilewise("explain q4096 h8 d64 causal");
   ASSERT_EQ(run.code, 0) << run.err;
   for (const Candidate& candidate : Plan::candidates(*Problem::parse("q4096 h8 d64 causal")))
     EXPECT_NE(run.out.find(candidate.name), std::string::npos) << candidate.name << run.out;
-  std::string line;
-  const auto columns = [](const std::string& text) {  // of UTF-8
-    return std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; });
-  };
-  for (std::istringstream lines(run.out); std::getline(lines, line);) EXPECT_LE(columns(line), 80) << line;
+  expect_lines_of_80_columns(run.out);
+  const Outcome longest =
+      tilewise("explain bwd b2 q100 k200 h4/2 d64 window=50,3 topleft packed tq200 tk400 softcap=5 alibi sink accumulate");
+  ASSERT_EQ(longest.code, 0) << longest.err;
+  expect_lines_of_80_columns(longest.out);
 }
 
 // GPUs are planned for wherever this runs, at their data sheets' rates; where the build has no kernels for them it says so.
@@ -594,7 +606,7 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
   Device gpu;
   gpu.type = DeviceType::kCuda;
   if (Plan::candidates(*Problem::parse("q8 d8"), gpu).empty()) {
-    expect_refusal("explain q8 d8 bf16 --device h200", "this build has no forward kernel for device NVIDIA H200 (sm_90)");
+    expect_refusal("explain q8 d8 bf16 --device h200", "this build has no CUDA: configure with -DTILEWISE_CUDA=ON");
     return;
   }
   for (const char* pass : {"fwd", "bwd"}) {
@@ -604,6 +616,29 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
     EXPECT_EQ(plan["flash"]["memory_seconds"], plan["flash"]["least_bytes"].get<double>() / 4.8e12);
     EXPECT_LE(plan["tiles"]["desk_bytes"], plan["device"]["desk_bytes"]);
   }
+  // Tiles are of one query head, and head dimension 72 costs as much as 96.
+  for (const auto& [pass, products] : {std::pair("fwd", 4.0), {"bwd", 10.0}}) {
+    const Json plan = json(std::string("explain --json --device h200 q4096 h16/4 d72 bf16 causal ") + pass), &tiles = plan["tiles"];
+    const double area = tiles["block_m"].get<double>() * tiles["block_n"].get<double>();
+    const double computed = (tiles["full"].get<double>() + tiles["masked"].get<double>()) * area * products * 96;
+    EXPECT_NEAR(plan["flash"]["tiles_seconds"].get<double>() / (computed / 989.4e12), 1, 1e-12) << pass;
+    EXPECT_GT(plan["flash"]["tiles_seconds"], 96.0 / 72 * plan["flash"]["arithmetic_seconds"].get<double>()) << pass;
+  }
+  const Outcome text = tilewise("explain --device h200 q4096 h16 d64 bf16");
+  expect_lines_of_80_columns(text.out);
+  // A reason that many kernels share is one line, but JSON has them all.
+  std::map<std::string, int> refusals;
+  const Json all = json("explain --json --device h200 q4096 h16 d64 bf16")["candidates"];
+  for (const Json& candidate : all) ++refusals[candidate["refusal"]];
+  EXPECT_GT(all.size(), 20u);
+  ASSERT_GT(refusals["takes fp16 only"], 3);
+  EXPECT_NE(text.out.find("            " + std::to_string(refusals["takes fp16 only"]) + " kernels: takes fp16 only\n"), std::string::npos)
+      << text.out;
+  EXPECT_EQ(text.out.find("fp16_d64"), std::string::npos) << text.out;
+  EXPECT_NE(text.out.find("forward_sm90_bf16_d64_short: is for dense tensors of 0 to 1536\n              queries, "), std::string::npos)
+      << text.out;
+  EXPECT_NE(text.out.find("FLOP/byte; this GPU balances at 206.1"), std::string::npos) << text.out;
+  EXPECT_NE(text.out.find("\nat best "), std::string::npos) << text.out;
   expect_refusal("explain q8 d8 --device h100", "dtype fp32 is neither bf16 nor fp16");
 }
 

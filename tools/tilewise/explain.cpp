@@ -29,15 +29,16 @@ std::string line_of(const TilePicture& picture, const TilePicture::Row& row, con
 // What the machine's measured rates make of a plan.
 struct Times {
   double arithmetic, memory, limit;  // of the useful work and the least traffic: no kernel is faster than the larger one, limit
-  double tiles, traffic, predicted;  // of the plan, whose masked tiles cost as much as full ones: the larger one is predicted
+  double tiles, traffic, predicted;  // of the plan, whose masked tiles and filled dimensions cost as much as any: the larger one
   double standard;                   // limit of standard attention
   double standard_intensity;
 };
 
 Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
-  const double rows = static_cast<double>(p.seqlen_q * (p.num_heads_q / p.num_heads_kv)), keys = static_cast<double>(p.seqlen_k);
+  const int64_t heads_of_tile = e.tiles.grouped ? p.num_heads_q / p.num_heads_kv : 1;
+  const double rows = static_cast<double>(p.seqlen_q * heads_of_tile), keys = static_cast<double>(p.seqlen_k);
   const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
-  const double d = static_cast<double>(p.head_dim), dv = static_cast<double>(p.head_dim_v);
+  const double d = static_cast<double>(e.tiles.head_dim), dv = static_cast<double>(e.tiles.head_dim_v);
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
   const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
   return {e.flops / rates.flops_per_second,
@@ -57,18 +58,50 @@ std::array<const char*, 3> glyphs() {
   return {".", "+", "#"};
 }
 
+// The kernels that were not chosen, each with its reason; one that more than three share stands once, with their number.
+std::vector<std::string> lines_of_others(const Explanation& e) {
+  constexpr int kShared = 3;
+  std::vector<Candidate> others = e.candidates;
+  std::erase_if(others, [&](const Candidate& c) { return c.name == e.kernel; });
+  std::vector<std::string> lines;
+  for (auto candidate = others.begin(); candidate != others.end(); ++candidate) {
+    const auto same = [&](const Candidate& other) { return other.refusal == candidate->refusal; };
+    const auto sharing = std::count_if(others.begin(), others.end(), same);
+    const std::string& refusal = candidate->refusal;
+    if (sharing <= kShared)
+      lines.push_back(candidate->name + ": " + (refusal.empty() ? "takes it too" : refusal));
+    else if (std::find_if(others.begin(), candidate, same) == candidate)
+      lines.push_back(fmt::format("{} kernels: {}", sharing, refusal.empty() ? "take it too" : refusal));
+  }
+  return lines;
+}
+
+// Breaks a line of ASCII at spaces; what follows is indented by two.
+std::vector<std::string> wrapped(std::string text, size_t columns) {
+  std::vector<std::string> lines;
+  while (text.size() > columns) {
+    const size_t at = text.rfind(' ', columns);
+    if (at == text.npos || at < 2) break;  // one long word
+    lines.push_back(text.substr(0, at));
+    text = "  " + text.substr(at + 1);
+  }
+  lines.push_back(text);
+  return lines;
+}
+
 const char* desk_name(const Device& device) { return device.type == DeviceType::kCpu ? "L2 cache of a core" : "shared memory of an SM"; }
 const char* unit_name(const Device& device) { return device.type == DeviceType::kCpu ? "threads" : "CTAs"; }
 
 void print(const Problem& p, const Device& device, const Explanation& e, const Rates& rates, const char* source) {
   const auto row = [](const char* name, const std::string& text) { fmt::print("{:<11} {}\n", name, text); };
   const Times times = times_of(p, e, rates);
-  row("problem", p.to_string());
+  constexpr size_t kColumns = 80 - 12;
+  const std::vector<std::string> problem = wrapped(p.to_string(), kColumns);
+  for (const std::string& part : problem) row(&part == problem.data() ? "problem" : "", part);
   row("device", device_text(device));
   row("kernel", e.kernel);
-  for (const Candidate& candidate : e.candidates)
-    if (candidate.name != e.kernel) row("", candidate.name + ": " + (candidate.refusal.empty() ? "takes it too" : candidate.refusal));
-
+  for (const std::string& line : lines_of_others(e))
+    for (const std::string& part : wrapped(line, kColumns)) row("", part);
   row("tiles", fmt::format("{} rows x {} keys, {} of the {} {}", e.tiles.block_m, e.tiles.block_n, bytes_text(e.tiles.desk_bytes),
                            bytes_text(device.desk_bytes), desk_name(device)));
   row("",
@@ -93,10 +126,11 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   pair("traffic", bytes_text(e.flash_bytes), bytes_text(e.standard_bytes), "to and from memory");
   if (device.type == DeviceType::kCuda) pair("", bytes_text(e.tile_bytes), "", "between L2 and the SMs");
   pair("intensity", fmt::format("{:.1f}", e.intensity), fmt::format("{:.1f}", times.standard_intensity),
-       fmt::format("FLOP/byte; this machine balances at {:.1f}", rates.flops_per_second / rates.bytes_per_second));
+       fmt::format("FLOP/byte; this {} balances at {:.1f}", device.type == DeviceType::kCuda ? "GPU" : "machine",
+                   rates.flops_per_second / rates.bytes_per_second));
   pair("limit", seconds_text(times.limit), seconds_text(times.standard),
        fmt::format("at {}FLOP/s and {}B/s, {}", si_text(rates.flops_per_second), si_text(rates.bytes_per_second), source));
-  pair("predicted", seconds_text(times.predicted), "",
+  pair("at best", seconds_text(times.predicted), "",
        fmt::format("{} bound, masked tiles in full", times.tiles >= times.traffic ? "arithmetic" : "memory"));
 }
 
@@ -115,6 +149,9 @@ Json explanation_json(const Problem& p, const Device& device, const Explanation&
             {"block_n", e.tiles.block_n},
             {"desk_bytes", e.tiles.desk_bytes},
             {"units", e.tiles.units},
+            {"grouped", e.tiles.grouped},
+            {"head_dim", e.tiles.head_dim},
+            {"head_dim_v", e.tiles.head_dim_v},
             {"work_items", e.work_items},
             {"full", e.full_tiles},
             {"masked", e.masked_tiles},
@@ -215,14 +252,18 @@ void list_devices(bool as_json) {
 
 }  // namespace
 
+std::vector<std::string> card_names() {
+  std::vector<std::string> names;
+  for (const Card& card : cards()) names.emplace_back(card.name);
+  return names;
+}
+
 void add_explain(CLI::App* app) {
   auto* command = app->add_subcommand("explain", "The tile plan of a problem, what it moves and what bounds it");
   auto options = std::make_shared<ExplainOptions>();
   command->add_option("problem", options->problem, "PROBLEM")->type_name("")->required();
   command->add_flag("--json", options->json, "as JSON");
-  std::vector<std::string> names{"cpu", "cuda"};
-  for (const Card& card : cards()) names.emplace_back(card.name);
-  options->device.add_to(command, names);
+  options->device.add_to(command, true);
   command->footer("Example: tilewise explain q4096 h8 d64 causal\nh100 and h200 are planned for by their data sheets, wherever this runs.");
   command->callback([options] { explain_one(*options); });
 }

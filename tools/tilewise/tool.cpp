@@ -44,9 +44,17 @@ double trial_bytes(const Problem& problem, const Device& device, reference::Layo
   return (on_host ? 2 : 1) * (tensor_bytes(problem, gaps ? 32 : 0) + workspace);
 }
 
-void DeviceOptions::add_to(CLI::App* command, std::vector<std::string> names) {
+void DeviceOptions::add_to(CLI::App* command, bool with_cards) {
+  std::vector<std::string> names{"cpu", "cuda"};
+  const std::vector<std::string> cards = card_names();
+  if (with_cards) names.insert(names.end(), cards.begin(), cards.end());
+  const auto needs_a_device = [=](const std::string& name) -> std::string {
+    if (with_cards || std::ranges::find(cards, name) == cards.end()) return {};
+    return fmt::format("{} is for explain only, which plans by its data sheet: {} runs on cpu or cuda", name, command->get_name());
+  };
   command->add_option("--device", device, fmt::format("{}", fmt::join(names, ", ")))
       ->type_name("NAME")
+      ->check(needs_a_device)
       ->check(CLI::IsMember(names).description(""))
       ->capture_default_str();
   command->add_option("--threads", threads, "of the CPU; otherwise OMP_NUM_THREADS or every core")

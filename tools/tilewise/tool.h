@@ -42,11 +42,13 @@ double tensor_bytes(const Problem& problem, double gaps = 0);
 // Of a reference::Trial: the tensors on the host and, where that is the same memory, on the device, and its workspace.
 double trial_bytes(const Problem& problem, const Device& device, reference::Layout layout = reference::Layout::kBshd);
 
+std::vector<std::string> card_names();  // GPUs that explain plans for by their data sheets: h100, ...
+
 // --device and --threads.
 struct DeviceOptions {
   std::string device = "cpu";
   int threads = 0;
-  void add_to(CLI::App* command, std::vector<std::string> names = {"cpu", "cuda"});
+  void add_to(CLI::App* command, bool with_cards = false);
   Device open() const;
   std::string to_string() const;  // the options that are not at their default, with a space before each
 };
