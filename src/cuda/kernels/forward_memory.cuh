@@ -235,41 +235,65 @@ struct Repair {
     }
     return end;
   }
+  // Of one key, by one lane.
   __device__ __forceinline__ float score(int query, int key) const {
     const uint16_t *q = row_of(params.q, item.sequence.q_row + query, item.head), *k = key_row(params.k, key);
     float sum = 0;
 #pragma unroll 1
-    for (int d = lane(); d < params.head_dim; d += 32) sum += element(q, d) * element(k, d);
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    for (int d = 0; d < params.head_dim; d += 8) {
+      const uint4 a = *reinterpret_cast<const uint4*>(q + d), b = *reinterpret_cast<const uint4*>(k + d);
+      sum += dot(a.x, b.x) + dot(a.y, b.y) + dot(a.z, b.z) + dot(a.w, b.w);
+    }
     const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
     return tile::modify(sum * params.scale, params.softcap, slope, key - query - item.band.offset);
   }
-  // A row anew with plain arithmetic from the keys that it sees and no others: its columns of o, and lse where that is not finite.
+  __device__ __forceinline__ static float dot(uint32_t a, uint32_t b) {
+    return ptx::to_float<C.element>(static_cast<uint16_t>(a)) * ptx::to_float<C.element>(static_cast<uint16_t>(b)) +
+           ptx::to_float<C.element>(static_cast<uint16_t>(a >> 16)) * ptx::to_float<C.element>(static_cast<uint16_t>(b >> 16));
+  }
+  // A row anew with plain arithmetic from the keys that it sees and no others: its columns of o, and lse where that is not finite. Each
+  // lane has the score of one of 32 keys, then its columns of all of them.
   __device__ __forceinline__ void compute(int query, int begin, int end) const {
+    constexpr int kRuns = O::kColumns / 32;
     const bool known = fabsf(lse(query)) < INFINITY;
-    float max = lse(query) * kLog2e, sum = 1;  // who sees nothing has the sink as lse, whatever it is
+    float max = lse(query) * kLog2e;
     if (!known) {
-      max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY;
+      max = -INFINITY;
 #pragma unroll 1
-      for (int key = begin; key < end; ++key) max = fmaxf(max, score(query, key));
+      for (int key = begin + lane(); key < end; key += 32) max = fmaxf(max, score(query, key));
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, distance));
+      if (params.sink) max = fmaxf(max, params.sink[item.head] * kLog2e);
     }
     const float shift = max == -INFINITY ? 0 : max;
+    float o[kRuns] = {}, sum = 0;
 #pragma unroll 1
-    for (int run = 0; run < columns(); run += 32) {
-      const int column = run + lane();
-      const bool inside = column < columns();
-      float o = 0;
-      if (begin < end) sum = params.sink ? ptx::exp2(params.sink[item.head] * kLog2e - shift) : 0;
+    for (int first = begin; first < end; first += 32) {
+      const int count = min_of(end - first, 32);
+      const float weight = lane() < count ? ptx::exp2(score(query, first + lane()) - shift) : 0;
+      sum += weight;
+      bool open = false;
 #pragma unroll 1
-      for (int key = begin; key < end; ++key) {
-        const float weight = ptx::exp2(score(query, key) - shift);
-        sum += weight;
-        if (inside) o += weight * element(key_row(params.v, key), first_column() + column);
-        if (!__any_sync(0xffffffff, inside && o == o) && (known || !(sum == sum))) break;  // nothing can change any more
+      for (int i = 0; i < count; ++i) {
+        const float w = __shfl_sync(0xffffffff, weight, i);
+        const uint16_t* v = key_row(params.v, first + i) + first_column();
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run)
+          if (32 * run + lane() < columns()) o[run] += w * element(v, 32 * run + lane());
       }
-      if (inside) at(query, column) = static_cast<uint16_t>(ptx::pack<C.element>(sum == 0 ? 0 : o / sum, 0));
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) open |= o[run] == o[run] && 32 * run + lane() < columns();
+      if (!__any_sync(0xffffffff, open) && (known || __any_sync(0xffffffff, !(sum == sum)))) break;  // nothing can change any more
     }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    // Who sees nothing has the sink as lse, whatever it is.
+    if (begin < end && params.sink) sum += ptx::exp2(params.sink[item.head] * kLog2e - shift);
+    if (begin >= end) max = params.sink ? params.sink[item.head] * kLog2e : -INFINITY, sum = 1;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      if (const int column = 32 * run + lane(); column < columns())
+        at(query, column) = static_cast<uint16_t>(ptx::pack<C.element>(sum == 0 ? 0 : o[run] / sum, 0));
     __syncwarp();
     // With the last columns: that it was not finite says of the others, too, that they are to be computed anew.
     if (!known && lane() == 0 && first_column() + O::kColumns >= params.head_dim_v) lse(query) = (max + log2f(sum)) * kLn2;

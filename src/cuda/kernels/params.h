@@ -21,8 +21,8 @@ struct ForwardConfig {
   TW_HD constexpr int block_m() const { return 64 * consumers; }
   TW_HD constexpr int threads() const { return 128 * (consumers + 1); }
   // Of the registers that a CTA gets, as many as its warps can have alike, the loaders leave to the consumers what they do without.
-  TW_HD constexpr int consumer_registers() const { return consumers == 2 ? 224 : consumers == 3 ? 160 : 112; }
-  TW_HD constexpr int loader_registers() const { return consumers == 2 ? 56 : 32; }
+  TW_HD constexpr int consumer_registers() const { return consumers == 2 ? 216 : consumers == 3 ? 160 : 112; }
+  TW_HD constexpr int loader_registers() const { return consumers == 2 ? 72 : 32; }
 };
 
 // A tensor for plain loads and stores, of 16-bit elements or, where gradients are added to, of float32; strides in elements.
