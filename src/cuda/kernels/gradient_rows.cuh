@@ -8,6 +8,19 @@
 
 namespace tilewise {
 
+// Of two runs of eight elements.
+template <ptx::Element kElement>
+__device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
+  const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i])) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i]));
+    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i] >> 16)) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i] >> 16));
+  }
+  return sum;
+}
+
 template <ptx::Element kElement>
 struct PlainGradients {
   const BackwardParams& params;
@@ -24,11 +37,14 @@ struct PlainGradients {
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
     return x;
   }
+  // Of two rows, by one lane.
   __device__ float dot(const Elements& a, long long row_a, int head_a, const Elements& b, long long row_b, int head_b, int columns) const {
+    const uint16_t *x = row_of(a, packed, batch, row_a, head_a), *y = row_of(b, packed, batch, row_b, head_b);
     float sum = 0;
-#pragma unroll 1
-    for (int c = lane; c < columns; c += 32) sum += element(a, row_a, head_a, c) * element(b, row_b, head_b, c);
-    return sum_of_lanes(sum);
+#pragma unroll 2
+    for (int c = 0; c < columns; c += 8)
+      sum += tilewise::dot<kElement>(*reinterpret_cast<const uint4*>(x + c), *reinterpret_cast<const uint4*>(y + c));
+    return sum;
   }
   // Whether a value in the rows from `begin` to `end` is NaN or infinite.
   __device__ bool taints(const Elements& t, long long first_row, int begin, int end, int head, int columns) const {
@@ -43,6 +59,7 @@ struct PlainGradients {
   struct Pair {
     float p, ds;  // the probability, and the gradient of the score
   };
+  // By one lane.
   __device__ Pair pair(int head, int query, int key) const {
     const long long q_row = part.sequence.q_row + query, k_row = part.sequence.k_row + key;
     const int kv_head = head / params.group;
@@ -72,25 +89,48 @@ struct PlainGradients {
       row_of(to, packed, batch, row, head)[column] = static_cast<uint16_t>(ptx::pack<kElement>(value, 0));
   }
 
-  // 32 columns of a row of dq, from `columns` on, that are not finite.
-  __device__ void repair_dq(int head, int query, int columns) const {
+  // Sums of a row's columns, 32 of them in each run: a lane has one of each.
+  static constexpr int kRuns = 8;
+  // Adds rows `first` to `last` of `from`, each times weight(row), which a lane finds for one of 32. False: every column is NaN already.
+  template <class Weight>
+  __device__ bool add_rows(float (&sum)[kRuns], int first, int last, const Elements& from, long long from_row, int head, int columns,
+                           const Weight& weight) const {
+#pragma unroll 1
+    for (int row = first; row < last; row += 32) {
+      const int count = min_of(last - row, 32);
+      const float mine = lane < count ? weight(row + lane) : 0;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const float x = __shfl_sync(0xffffffff, mine, i);
+        const uint16_t* elements = row_of(from, packed, batch, from_row + row + i, head);
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run)
+          if (const int column = 32 * run + lane; column < columns) sum[run] += x * ptx::to_float<kElement>(elements[column]);
+      }
+      bool open = false;
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) open |= 32 * run + lane < columns && sum[run] == sum[run];
+      if (!__any_sync(0xffffffff, open)) return false;
+    }
+    return true;
+  }
+
+  // A row of dq that is not finite in these runs of 32 columns, as bits.
+  __device__ void repair_dq(int head, int query, unsigned runs) const {
     const int begin = query / params.block_m * params.block_m, end = min_of(begin + params.block_m, part.band.seqlen_q);
-    const int first = first_key(part.band, query), last = end_key(part.band, query), block_n = params.block_n;
+    const int first = first_key(part.band, query), last = end_key(part.band, query), block_n = params.block_n,
+              kv_head = head / params.group;
     const int keys_begin = first_key(part.band, begin) / block_n * block_n;  // whole blocks are multiplied, with 0 where nothing is seen
     const int keys_end = min_of(ceil_div(end_key(part.band, end - 1), block_n) * block_n, part.band.seqlen_k);
     const long long k_row = part.sequence.k_row;
-    if (!params.accumulate && !taints(params.k, k_row, keys_begin, first, head / params.group, params.head_dim) &&
-        !taints(params.k, k_row, last, keys_end, head / params.group, params.head_dim))
+    if (!params.accumulate && !taints(params.k, k_row, keys_begin, first, kv_head, params.head_dim) &&
+        !taints(params.k, k_row, last, keys_end, kv_head, params.head_dim))
       return;
-    const int column = columns + lane, kv_head = head / params.group;
-    float sum = 0;
-#pragma unroll 1
-    for (int key = first; key < last; ++key) {
-      const float ds = pair(head, query, key).ds;
-      if (column < params.head_dim) sum += ds * element(params.k, k_row + key, kv_head, column);
-      if (!__any_sync(0xffffffff, column < params.head_dim && sum == sum)) break;
-    }
-    write(params.dq, part.sequence.q_row + query, head, column, params.head_dim, sum * params.scale);
+    float sum[kRuns] = {};
+    add_rows(sum, first, last, params.k, k_row, kv_head, params.head_dim, [&](int key) { return pair(head, query, key).ds; });
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      if (runs >> run & 1) write(params.dq, part.sequence.q_row + query, head, 32 * run + lane, params.head_dim, sum[run] * params.scale);
   }
   // A row of dk (which 0) or of dv (1) that is not finite.
   __device__ void repair_key(int which, int kv_head, int key) const {
@@ -106,21 +146,18 @@ struct PlainGradients {
       tainted = taints(from, part.sequence.q_row, queries_begin, first, head, head_dim) ||
                 taints(from, part.sequence.q_row, last, queries_end, head, head_dim);
     if (!tainted) return;
+    float sum[kRuns] = {};
+    bool open = true;
 #pragma unroll 1
-    for (int columns = 0; columns < head_dim; columns += 32) {
-      const int column = columns + lane;
-      float sum = 0;
-      bool open = true;  // until every column is NaN
-#pragma unroll 1
-      for (int head = kv_head * params.group; open && head < (kv_head + 1) * params.group; ++head)
-#pragma unroll 1
-        for (int query = first; open && query < last; ++query) {
-          const Pair x = pair(head, query, key);
-          if (column < head_dim) sum += (dk ? x.ds : x.p) * element(from, part.sequence.q_row + query, head, column);
-          open = __any_sync(0xffffffff, column < head_dim && sum == sum);
-        }
-      write(dk ? params.dk : params.dv, part.sequence.k_row + key, kv_head, column, head_dim, dk ? sum * params.scale : sum);
-    }
+    for (int head = kv_head * params.group; open && head < (kv_head + 1) * params.group; ++head)
+      open = add_rows(sum, first, last, from, part.sequence.q_row, head, head_dim, [&](int query) {
+        const Pair x = pair(head, query, key);
+        return dk ? x.ds : x.p;
+      });
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      write(dk ? params.dk : params.dv, part.sequence.k_row + key, kv_head, 32 * run + lane, head_dim,
+            dk ? sum[run] * params.scale : sum[run]);
   }
 };
 

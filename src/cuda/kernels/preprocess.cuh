@@ -80,19 +80,6 @@ __device__ __forceinline__ void clear_keys(const BackwardParams& p, int index) {
   }
 }
 
-// Of two runs of eight elements.
-template <ptx::Element kElement>
-__device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
-  const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i])) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i]));
-    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i] >> 16)) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i] >> 16));
-  }
-  return sum;
-}
-
 // CTAs on an SM at a time, of which registers hold the loads. At 64 columns six are faster than four, though seven registers are spilled.
 constexpr int preprocess_ctas(int columns) { return columns <= 64 ? 6 : columns <= 128 ? 3 : 2; }
 // A CTA has one tile of rows, the last one first: what the next kernel begins with is then still in L2. Eight threads have a row, in two
@@ -202,10 +189,11 @@ __device__ __forceinline__ void repair_queries(const BackwardParams& p, int inde
   if (at.tile * kBlockM >= part.sequence.seqlen_q) return;
   const long long tile = at.head * p.tiles + first_tile(p, whole_sequence(p, at.batch).q_row, at.batch) + at.tile;
 #pragma unroll 1
-  for (int i = 0; i < parts; ++i)
-#pragma unroll 1
-    for (int row = 0; row < min_of(16, part.sequence.seqlen_q - first); ++row)
-      if (is_spoilt(p.spoilt[tile * parts + i], warp, row)) plain.repair_dq(at.head, first + row, 32 * i);
+  for (int row = 0; row < min_of(16, part.sequence.seqlen_q - first); ++row) {
+    unsigned runs = 0;
+    for (int i = 0; i < parts; ++i) runs |= is_spoilt(p.spoilt[tile * parts + i], warp, row) << i;
+    if (runs) plain.repair_dq(at.head, first + row, runs);
+  }
 }
 template <ptx::Element kElement>
 __device__ __forceinline__ void repair_keys(const BackwardParams& p, int index) {
