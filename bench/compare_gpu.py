@@ -197,8 +197,11 @@ def main():
                     raise
                 row[contender.name] = "no: " + (str(error) or repr(error)).split("\n")[0][:80]
         for other in outputs[1:]:
-            torch.testing.assert_close(outputs[0].float(), other.float(), rtol=0.02, atol=0.02, msg=lambda text: f"{kind} {case}: {text}")
-            row["difference"] = max(row.get("difference", 0), (outputs[0].float() - other.float()).abs().max().item())
+            difference = (outputs[0].float() - other.float()).abs()
+            # Of the largest of each row: rows with many keys are small. NaN is no small difference.
+            if not (difference.amax(-1) <= 0.03 * other.float().abs().amax(-1)).all():
+                raise RuntimeError(f"{kind} {case}: outputs differ by up to {difference.max().item()}")
+            row["difference"] = max(row.get("difference", 0), difference.max().item())
         del outputs
         bases = ("cudnn", "fa2")
         by_ratio = race_peers(row, calls, flush, args.repetitions, flops, table.get(f"{kind} {case}", {}), bases)

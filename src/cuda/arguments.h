@@ -48,7 +48,7 @@ inline std::string refuse_shape(int head_dim, int head_dim_v, size_t shared_byte
 // none to load.
 inline Status prepare(std::atomic<uint64_t>& loaded, const Device& device, size_t shared_bytes,
                       std::initializer_list<const void*> kernels) {
-  const uint64_t bit = device.index < 64 ? uint64_t{1} << device.index : 0;
+  const uint64_t bit = static_cast<unsigned>(device.index) < 64 ? uint64_t{1} << device.index : 0;
   if (loaded.load(std::memory_order_relaxed) & bit) return {};
   const std::vector<Device> there = devices();
   const auto same = [&](const Device& other) { return other.index == device.index && other.arch == device.arch; };

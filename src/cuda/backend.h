@@ -1,6 +1,7 @@
 // What the files of this room share: a device made current for a while, and errors as values.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <string>
@@ -20,34 +21,32 @@ inline Status status_of(cudaError_t error, const char* what) {
   return unavailable(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Of this thread: whether it has used a device, and letting go of the one it uses.
-bool has_context();
-void leave_context();
+// This thread's context, null where it has none, and another in its place.
+CUcontext current_context();
+void set_context(CUcontext context);
 
-// Makes a device current for this thread and puts the caller's back. A thread that has used none yet is left so: to make the first device
-// current for it would take hundreds of megabytes there, for a context that nobody has asked for.
+// Makes a device current for this thread and puts the caller's context back. A thread that has none yet is left without: cudaSetDevice()
+// of the device that it would use next makes one there, which takes hundreds of megabytes that nobody has asked for.
 class Current {
  public:
-  explicit Current(const Device& device) : error_(cudaGetDevice(&before_)) {
-    if (error_ != cudaSuccess || before_ == device.index) return;
-    used_ = has_context();
+  explicit Current(const Device& device) {
+    int before = 0;
+    error_ = cudaGetDevice(&before);
+    if (error_ != cudaSuccess || before == device.index) return;
+    context_ = current_context();
     error_ = cudaSetDevice(device.index);
     changed_ = error_ == cudaSuccess;
   }
   ~Current() {
-    if (!changed_) return;
-    if (used_)
-      cudaSetDevice(before_);
-    else
-      leave_context();
+    if (changed_) set_context(context_);
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
   cudaError_t error() const { return error_; }
 
  private:
-  int before_ = 0;
-  bool used_ = false, changed_ = false;
+  CUcontext context_ = nullptr;
+  bool changed_ = false;
   cudaError_t error_;
 };
 

@@ -1,6 +1,4 @@
 // NVIDIA GPUs as devices, and their memory. Where there is no driver the list is empty.
-#include <cuda.h>
-
 #include "cuda/backend.h"
 
 namespace tilewise {
@@ -71,14 +69,14 @@ Status synchronize(const Device& device) {
 
 }  // namespace
 
-bool has_context() {
+CUcontext current_context() {
   static const auto get = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
   CUcontext context = nullptr;
-  return !get || get(&context) != CUDA_SUCCESS || context;
+  return get && get(&context) == CUDA_SUCCESS ? context : nullptr;
 }
-void leave_context() {
+void set_context(CUcontext context) {
   static const auto set = driver_function<decltype(&cuCtxSetCurrent)>("cuCtxSetCurrent");
-  if (set) set(nullptr);
+  if (set) set(context);
 }
 
 std::vector<Device> devices() {

@@ -1,7 +1,9 @@
 // Clauses of the contract that a comparison with float64 does not show.
 #include <chrono>
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -91,22 +93,28 @@ TEST_F(Contract, ValuesThatAreNotFiniteReachTheRowsThatSeeThem) {
     }
 }
 
-// A key with NaN spoils the rows that see it, a query with NaN its own row, and infinite ones what float64 says they do: scores of -inf are
-// scores like others, NaN comes where +inf is the largest.
-TEST_F(Contract, QueriesAndKeysThatAreNotFinite) {
-  for (const std::string line : kMasked)
-    for (const TensorView Arguments::*of : {&Arguments::q, &Arguments::k})
-      for (float bad : {kNan, kInfinity, -kInfinity}) {
-        Trial t = trial(line);
-        // One element: with infinity the scores of its row are +inf or -inf by the sign of what it meets.
-        const TensorView& view = t.host_arguments().*of;
-        reference::write_element(view.data, view.dtype, 170 * view.stride[1] + view.stride[2] + 5, bad);
-        t.upload().check();
-        t.run().check();
-        const Result<reference::Report> report = t.compare();
-        ASSERT_TRUE(report.ok()) << report.status().message();
-        EXPECT_TRUE(report->pass) << line << " " << bad << ": " << report->first_failure;
-      }
+// One element of a query, key or value that is NaN or infinite: o and lse are what float64 says, in the rows that see it and in all others.
+TEST_F(Contract, OneElementThatIsNotFinite) {
+  std::vector<std::string> lines(std::begin(kMasked), std::end(kMasked));
+  for (const char* line :
+       {"q300 k200 h4/2 d128 bf16 causal sink", "q300 k420 h4/1 d256 fp16 window=40,25 alibi",
+        "q300 k150 h2 d192 bf16 window=20,10 topleft sink", "b3 q200 k220 h4/2 d64 bf16 packed tq400 tk450 seqused causal"})
+    lines.emplace_back(line);
+  for (const std::string& line : lines)
+    for (const TensorView Arguments::*of : {&Arguments::q, &Arguments::k, &Arguments::v})
+      for (const int64_t row : {0, 140})
+        for (float bad : {kNan, kInfinity, -kInfinity}) {
+          Trial t = trial(line);
+          const TensorView& view = t.host_arguments().*of;
+          const int rows = view.rank - 3;  // the dimension of rows; heads follow
+          const int64_t head = view.shape[rows + 1] - 1;
+          reference::write_element(view.data, view.dtype, row * view.stride[rows] + head * view.stride[rows + 1] + 5, bad);
+          t.upload().check();
+          t.run().check();
+          const Result<reference::Report> report = t.compare();
+          ASSERT_TRUE(report.ok()) << report.status().message();
+          EXPECT_TRUE(report->pass) << line << ", row " << row << " " << bad << ": " << report->first_failure;
+        }
 }
 
 // Sums of exponentials times values are larger than the values they come to, but finite as long as these are below 1e30.
@@ -184,27 +192,41 @@ TEST_F(Contract, ScoresMayOutgrowFloatWithinABlock) {
     for (int64_t key = 0; key < 512; ++key)
       for (int64_t d = 0; d < 64; ++d)
         reference::write_element(k.data, k.dtype, key * k.stride[1] + d, d == 0 && key >= 128 && key < last ? growth * 0.6931472f : 0);
-    t.upload().check();
-    t.run().check();
-    const Result<reference::Report> report = t.compare();
-    ASSERT_TRUE(report.ok()) << report.status().message();
-    EXPECT_TRUE(report->pass) << growth << " to " << last << ": " << report->first_failure;
+    for (const bool nan : {false, true}) {  // and a key of NaN, which is met first
+      if (nan) set_row(k, 0, 511, 0, kNan);
+      t.upload().check();
+      t.run().check();
+      const Result<reference::Report> report = t.compare();
+      ASSERT_TRUE(report.ok()) << report.status().message();
+      EXPECT_TRUE(report->pass) << growth << " to " << last << (nan ? " with NaN: " : ": ") << report->first_failure;
+    }
   }
 }
 
 TEST_F(Contract, RowsThatSeeNothingStayZeroBesideValuesThatAreNotFinite) {
-  Trial t = trial("q100 k90 h1 d64 bf16 causal");  // queries 0 to 9 see nothing
-  set_row(t.host_arguments().v, 0, 0, 0, std::numeric_limits<float>::quiet_NaN());
+  for (const std::string dims : {"64", "128", "256"})
+    for (const char* rest : {"", " sink"}) {
+      Trial t = trial("q100 k90 h1 d" + dims + " bf16 causal" + rest);  // queries 0 to 9 see nothing
+      set_row(t.host_arguments().v, 0, 0, 0, kNan);
+      t.upload().check();
+      t.run().check();
+      t.download().check();
+      for (int64_t query = 0; query < 100; ++query) {
+        const float value = get(t.host_arguments().o, 0, query, 0, 3);
+        if (query < 10)
+          ASSERT_EQ(value, 0) << dims << rest << " query " << query;
+        else
+          ASSERT_TRUE(std::isnan(value)) << dims << rest << " query " << query;
+      }
+    }
+  // Past a window: values behind the last key are nobody's.
+  Trial t = trial("q200 k100 h1 d64 bf16 window=20,0 topleft sink");
+  set_row(t.host_arguments().v, 0, 99, 0, kNan);
   t.upload().check();
   t.run().check();
-  t.download().check();
-  for (int64_t query = 0; query < 100; ++query) {
-    const float value = get(t.host_arguments().o, 0, query, 0, 3);
-    if (query < 10)
-      ASSERT_EQ(value, 0) << query;
-    else
-      ASSERT_TRUE(std::isnan(value)) << query;
-  }
+  const Result<reference::Report> report = t.compare();
+  ASSERT_TRUE(report.ok()) << report.status().message();
+  EXPECT_TRUE(report->pass) << report->first_failure;
 }
 
 TEST_F(Contract, SinksThatAreNotFinite) {

@@ -120,6 +120,12 @@ TEST_F(Run, OnTheSecondDevice) {
     ASSERT_EQ(cudaGetDriverEntryPointByVersion("cuCtxGetCurrent", &get, 12000, cudaEnableDefault, nullptr), cudaSuccess);
     ASSERT_EQ(reinterpret_cast<decltype(&cuCtxGetCurrent)>(get)(&context), CUDA_SUCCESS);
     EXPECT_EQ(context, nullptr);
+    void* memory = nullptr;
+    ASSERT_EQ(cudaMalloc(&memory, 256), cudaSuccess);
+    cudaPointerAttributes attributes;
+    ASSERT_EQ(cudaPointerGetAttributes(&attributes, memory), cudaSuccess);
+    EXPECT_EQ(attributes.device, 0);
+    cudaFree(memory);
   }).join();
 }
 

@@ -8,6 +8,7 @@
 #include "cuda/kernels/params.h"
 #include "cuda/kernels/schedule.cuh"
 #include "cuda/ptx/scalar.cuh"
+#include "cuda/tile/dot.cuh"
 #include "cuda/tile/load.cuh"
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/rows.cuh"
@@ -186,10 +187,10 @@ __device__ __forceinline__ void write_empty(const ForwardParams& params, const W
   for (int i = thread; i < rows; i += 128) lse[i] = params.sink ? params.sink[item.head] : -INFINITY;
 }
 
-// What is done about finished rows that are NaN, by one warp. Three things make them so: NaN that they see, in which case all is well; a
-// sum that outgrew float; and in blocks at the mask's edge, which are multiplied whole, a value that is not finite times the 0 of a pair
-// that is not visible. To compute a row anew takes thousands of times what it took before, so the first is looked for where it costs
-// little.
+// What is done about finished rows that are NaN, by one warp. Three things make them so: NaN or infinities that they see, in which case all
+// is well; a sum that outgrew float; and in blocks at the mask's edge, which are multiplied whole, a value that is not finite times the 0
+// of a pair that is not visible. To compute a row anew takes thousands of times what it took before, so the first is looked for where it
+// costs little.
 template <ForwardConfig C>
 struct Repair {
   using Shared = ForwardShared<C>;
@@ -242,14 +243,10 @@ struct Repair {
 #pragma unroll 1
     for (int d = 0; d < params.head_dim; d += 8) {
       const uint4 a = *reinterpret_cast<const uint4*>(q + d), b = *reinterpret_cast<const uint4*>(k + d);
-      sum += dot(a.x, b.x) + dot(a.y, b.y) + dot(a.z, b.z) + dot(a.w, b.w);
+      sum += tile::dot<C.element>(a, b);
     }
     const float slope = params.alibi_slopes ? params.alibi_slopes[item.batch * params.alibi_batch + item.head] * kLog2e : 0;
     return tile::modify(sum * params.scale, params.softcap, slope, key - query - item.band.offset);
-  }
-  __device__ __forceinline__ static float dot(uint32_t a, uint32_t b) {
-    return ptx::to_float<C.element>(static_cast<uint16_t>(a)) * ptx::to_float<C.element>(static_cast<uint16_t>(b)) +
-           ptx::to_float<C.element>(static_cast<uint16_t>(a >> 16)) * ptx::to_float<C.element>(static_cast<uint16_t>(b >> 16));
   }
   // A row anew with plain arithmetic from the keys that it sees and no others: its columns of o, and lse where that is not finite. Each
   // lane has the score of one of 32 keys, then its columns of all of them.
@@ -257,18 +254,23 @@ struct Repair {
     constexpr int kRuns = O::kColumns / 32;
     const bool known = fabsf(lse(query)) < INFINITY;
     float max = lse(query) * kLog2e;
+    bool finite = true;  // so far: scores of NaN or +inf make all of the row NaN
     if (!known) {
       max = -INFINITY;
 #pragma unroll 1
-      for (int key = begin + lane(); key < end; key += 32) max = fmaxf(max, score(query, key));
+      for (int first = begin; finite && first < end; first += 32) {
+        const float x = first + lane() < end ? score(query, first + lane()) : -INFINITY;
+        finite = __all_sync(0xffffffff, x < INFINITY);
+        max = fmaxf(max, x);
+      }
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, distance));
       if (params.sink) max = fmaxf(max, params.sink[item.head] * kLog2e);
     }
     const float shift = max == -INFINITY ? 0 : max;
-    float o[kRuns] = {}, sum = 0;
+    float o[kRuns] = {}, sum = finite ? 0 : NAN;
 #pragma unroll 1
-    for (int first = begin; first < end; first += 32) {
+    for (int first = begin; finite && first < end; first += 32) {
       const int count = min_of(end - first, 32);
       const float weight = lane() < count ? ptx::exp2(score(query, first + lane()) - shift) : 0;
       sum += weight;
@@ -337,7 +339,7 @@ struct Repair {
     for (int query = first; query < end_query; ++query) {
       if (!is_nan(query)) continue;
       const int begin = first_key(item.band, query), end = end_key(item.band, query);
-      if (fabsf(lse(query)) < INFINITY) {
+      if (begin < end && fabsf(lse(query)) < INFINITY) {
         if (!edge || is_seen(query, begin, end)) continue;
       } else if (begin < end) {
         if (query_is_nan(query)) continue;

@@ -5,21 +5,9 @@
 
 #include "cuda/kernels/gradient_work.cuh"
 #include "cuda/ptx/scalar.cuh"
+#include "cuda/tile/dot.cuh"
 
 namespace tilewise {
-
-// Of two runs of eight elements.
-template <ptx::Element kElement>
-__device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
-  const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i])) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i]));
-    sum += ptx::to_float<kElement>(static_cast<uint16_t>(x[i] >> 16)) * ptx::to_float<kElement>(static_cast<uint16_t>(y[i] >> 16));
-  }
-  return sum;
-}
 
 template <ptx::Element kElement>
 struct PlainGradients {
@@ -43,7 +31,7 @@ struct PlainGradients {
     float sum = 0;
 #pragma unroll 2
     for (int c = 0; c < columns; c += 8)
-      sum += tilewise::dot<kElement>(*reinterpret_cast<const uint4*>(x + c), *reinterpret_cast<const uint4*>(y + c));
+      sum += tile::dot<kElement>(*reinterpret_cast<const uint4*>(x + c), *reinterpret_cast<const uint4*>(y + c));
     return sum;
   }
   // Whether a value in the rows from `begin` to `end` is NaN or infinite.

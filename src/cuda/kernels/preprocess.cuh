@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kColumns))
     if (row >= part.sequence.seqlen_q) write_row(p, tiles + at.tile, row % kBlockM, -INFINITY, 0, lane);  // past the end: p = 0
     float delta = 0;
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) delta += dot<kElement>(o[pass][run], grad[pass][run]);
+    for (int run = 0; run < kRuns; ++run) delta += tile::dot<kElement>(o[pass][run], grad[pass][run]);
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
     if (row >= whole.seqlen_q) continue;

@@ -103,7 +103,8 @@ struct Rows {
       // Consistent with the max as it is rounded.
       const float now = largest[r] > 1 && largest[r] < INFINITY ? shift[r] + log2f(largest[r]) : shift[r];
       largest[r] = ptx::exp2(shift[r] - now);
-      sum[r] = largest[r] > 0 ? sum[r] * largest[r] : INFINITY;  // 2^-126 and below is 0: the row loses what made it grow
+      // 2^-126 and below is 0: the row loses what made it grow. A sum of NaN stays.
+      sum[r] = largest[r] > 0 ? sum[r] * largest[r] : sum[r] + INFINITY;
       rescale[r] *= largest[r];
       if (max[r] > -INFINITY) max[r] = shift[r] = now;
     }
