@@ -1,6 +1,7 @@
-// Exact attention forward on Hopper, one pass over keys and values: read from top to bottom, it is in the order of events.
+// Exact attention forward on Hopper, one pass over keys and values. The kernel is at the end of the file and Consumer::run() before it; what
+// they call stands above, in the order of events.
 //
-// A CTA stays on its SM and works through tiles of 64 queries per consumer warpgroup. Five streams run at once, tied by barriers only:
+// A CTA stays on its SM and works through tiles of 64 queries per consumer warpgroup. These run at once, tied by barriers only:
 //   four warps            move data (forward_memory.cuh): tiles and queries, keys, values, results
 //   consumer warpgroups   each 64 queries on its own: s = q k^T, softmax, o += p v, with p staying in registers
 // A consumer issues the scores of its next block and p v of the present one, across the end of a tile too. Its softmax runs under its own
@@ -336,7 +337,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (part == C.consumers - 1) pass_turn();
+    if (part == C.consumers - 1) pass_turn();  // the first turn is the first warpgroup's
     factor = C.modified ? 1.f : params.scale * kLog2e;
     for (uint32_t& x : p) x = 0;
     block = begin = full_begin = full_end = before = behind = q_stage = k_stage = 0;
