@@ -1,5 +1,5 @@
-// Exact attention forward on Hopper, one pass over keys and values. The kernel is at the end of the file and Consumer::run() before it; what
-// they call stands above, in the order of events.
+// Exact attention forward on Hopper, one pass over keys and values. The kernel is at the end of the file and Consumer::run() before it;
+// what they call stands above, in the order of events.
 //
 // A CTA stays on its SM and works through tiles of 64 queries per consumer warpgroup. These run at once, tied by barriers only:
 //   four warps            move data (forward_memory.cuh): tiles and queries, keys, values, results
