@@ -616,14 +616,18 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
     EXPECT_EQ(plan["flash"]["memory_seconds"], plan["flash"]["least_bytes"].get<double>() / 4.8e12);
     EXPECT_LE(plan["tiles"]["desk_bytes"], plan["device"]["desk_bytes"]);
   }
-  // Tiles are of one query head, and head dimension 72 costs as much as 96.
+  // Tiles are of one query head, head dimension 72 costs as much as 96, and where there are 128 blocks four SMs of 132 have nothing to do.
   for (const auto& [pass, products] : {std::pair("fwd", 4.0), {"bwd", 10.0}}) {
     const Json plan = json(std::string("explain --json --device h200 q4096 h16/4 d72 bf16 causal ") + pass), &tiles = plan["tiles"];
     const double area = tiles["block_m"].get<double>() * tiles["block_n"].get<double>();
     const double computed = (tiles["full"].get<double>() + tiles["masked"].get<double>()) * area * products * 96;
-    EXPECT_NEAR(plan["flash"]["tiles_seconds"].get<double>() / (computed / 989.4e12), 1, 1e-12) << pass;
+    const double idle = std::max(1., 132 / tiles["work_items"].get<double>());
+    EXPECT_NEAR(plan["flash"]["tiles_seconds"].get<double>() / (idle * computed / 989.4e12), 1, 1e-12) << pass;
     EXPECT_GT(plan["flash"]["tiles_seconds"], 96.0 / 72 * plan["flash"]["arithmetic_seconds"].get<double>()) << pass;
   }
+  // One query takes 64 rows of one SM's 132.
+  const Json one = json("explain --json --device h200 q1 k4096 h1 d128 bf16");
+  EXPECT_NEAR(one["flash"]["tiles_seconds"].get<double>(), 132 * 64 * 4096 * 512 / 989.4e12, 1e-12);
   const Outcome text = tilewise("explain --device h200 q4096 h16 d64 bf16");
   expect_lines_of_80_columns(text.out);
   // A reason that many kernels share is one line, but JSON has them all.

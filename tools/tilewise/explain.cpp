@@ -36,11 +36,16 @@ struct Times {
 
 Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
   const int64_t heads_of_tile = e.tiles.grouped ? p.num_heads_q / p.num_heads_kv : 1;
-  const double rows = static_cast<double>(p.seqlen_q * heads_of_tile), keys = static_cast<double>(p.seqlen_k);
+  const int64_t query_rows = p.seqlen_q * heads_of_tile;
+  // An SM multiplies 64 rows at a time, whether all are there or not.
+  const double rows = static_cast<double>(e.tiles.grouped ? query_rows : (query_rows + 63) / 64 * 64),
+               keys = static_cast<double>(p.seqlen_k);
   const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
   const double d = static_cast<double>(e.tiles.head_dim), dv = static_cast<double>(e.tiles.head_dim_v);
   const double flops_per_pair = p.pass == Pass::kForward ? 2 * (d + dv) : 2 * (3 * d + 2 * dv);
-  const double computed = std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
+  // Where there are fewer blocks than units, some have nothing to do.
+  const double idle = std::max(1., static_cast<double>(e.tiles.units) / static_cast<double>(std::max<int64_t>(e.work_items, 1)));
+  const double computed = idle * std::max(e.flops, static_cast<double>(e.full_tiles + e.masked_tiles) * tile * flops_per_pair);
   return {e.flops / rates.flops_per_second,
           e.least_bytes / rates.bytes_per_second,
           limit_seconds(e.flops, e.least_bytes, rates),
@@ -247,6 +252,7 @@ void list_devices(bool as_json) {
     }
     list.push_back(entry);
   }
+  if (const Result<Device> gpu = Device::cuda(); !gpu && !as_json) fmt::print("{}\n", gpu.status().message());
   if (as_json) write_json(list, "-");
 }
 
@@ -264,7 +270,8 @@ void add_explain(CLI::App* app) {
   command->add_option("problem", options->problem, "PROBLEM")->type_name("")->required();
   command->add_flag("--json", options->json, "as JSON");
   options->device.add_to(command, true);
-  command->footer("Example: tilewise explain q4096 h8 d64 causal\nh100 and h200 are planned for by their data sheets, wherever this runs.");
+  command->footer(
+      "Example: tilewise explain q4096 h8 d64 bf16 causal\nh100 and h200 are planned for by their data sheets, wherever this runs.");
   command->callback([options] { explain_one(*options); });
 }
 
