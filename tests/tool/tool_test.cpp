@@ -627,7 +627,7 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
   }
   // One query takes 64 rows of one SM's 132.
   const Json one = json("explain --json --device h200 q1 k4096 h1 d128 bf16");
-  EXPECT_NEAR(one["flash"]["tiles_seconds"].get<double>(), 132 * 64 * 4096 * 512 / 989.4e12, 1e-12);
+  EXPECT_NEAR(one["flash"]["tiles_seconds"].get<double>(), 132. * 64 * 4096 * 512 / 989.4e12, 1e-12);
   const Outcome text = tilewise("explain --device h200 q4096 h16 d64 bf16");
   expect_lines_of_80_columns(text.out);
   // A reason that many kernels share is one line, but JSON has them all.
