@@ -37,7 +37,7 @@ struct Times {
 Times times_of(const Problem& p, const Explanation& e, const Rates& rates) {
   const int64_t heads_of_tile = e.tiles.grouped ? p.num_heads_q / p.num_heads_kv : 1;
   const int64_t query_rows = p.seqlen_q * heads_of_tile;
-  // An SM multiplies 64 rows at a time, whether all are there or not.
+  // Not grouped are the tiles of GPUs: an SM multiplies 64 rows at a time, whether all are there or not.
   const double rows = static_cast<double>(e.tiles.grouped ? query_rows : (query_rows + 63) / 64 * 64),
                keys = static_cast<double>(p.seqlen_k);
   const double tile = std::min<double>(e.tiles.block_m, rows) * std::min<double>(e.tiles.block_n, keys);
