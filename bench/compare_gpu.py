@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
-"""Race Tilewise's GPU kernels against cuDNN and FlashAttention-2, which both come with PyTorch.
+"""Race Tilewise's GPU kernels against cuDNN and FlashAttention-2, which both come with PyTorch, and FlashAttention-4 where it is installed.
 
 Usage: compare_gpu.py --library libtilewise.so [--out results.json] [--cases text] [--repetitions 20]
 
-The contenders of a case take turns call by call in a rotating order, so that they share one thermal and power state. L2 is flushed
-before every call, a spinning kernel keeps host time out of the figure, and figures are medians: TFLOP/s of visible pairs. Every first
+The contenders of a case take turns call by call in an order that is drawn anew each time, so that they share one thermal and power state.
+L2 is flushed before every call, a spinning kernel keeps host time out of the figure, and figures are medians: TFLOP/s of visible pairs. Every first
 result is compared with the other contenders'; where they differ, or Tilewise fails, the race ends. Peers that are not installed here enter
 by their ratio to cuDNN (FlashAttention-2 where cuDNN is not raced), measured once on an H200 with all of them in one run:
 bench/results/nvidia-h200-peers.json. Where that one's figure is 10 % from what it was then, the case is measured once more.
 """
 import argparse
+import contextlib
 import ctypes
+import importlib
 import json
 import math
 import pathlib
 import statistics
 import time
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +123,28 @@ class FlashAttention2(Sdpa):
         return self.op(q, k, v, causal, None, cu, longest)
 
 
+class FlashAttention4:
+    """Of the package flash-attn-4, which compiles each kernel when it is first called: tens of seconds."""
+
+    name = "fa4"
+
+    def __init__(self, package):
+        self.package = package
+
+    def forward(self, q, k, v, causal, window):
+        edge = dict(window_size_left=window - 1, window_size_right=0) if window else dict(causal=causal)
+        return lambda: self.package._flash_attn_fwd(q, k, v, **edge)[0]
+
+    def packed(self, q, k, v, cu, longest, causal):
+        return lambda: self.package._flash_attn_fwd(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal)[0]
+
+
+def flash_attention_4():
+    """Its module, or None."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("flash_attn.cute.interface")
+
+
 def empty_l2(flush):
     """Fills L2 with `flush`, whose lines push out all others, also those that a kernel has asked to be kept. Waits for the device."""
     torch.cuda.synchronize()
@@ -129,10 +154,11 @@ def empty_l2(flush):
 
 
 def take_turns(calls, flush, repetitions, flops):
-    """TFLOP/s of each call, the median: they take turns in a rotating order, L2 flushed, the host's time hidden behind a spinning kernel."""
-    names, events = list(calls), {name: [] for name in calls}
-    for i in range(repetitions if names else 0):
-        for name in names[i % len(names):] + names[: i % len(names)]:
+    """TFLOP/s of each call, the median: they take turns, L2 flushed, the host's time hidden behind a spinning kernel. The order is drawn anew
+    each time: who always came behind the same one would have a card that is always as hot or as cool."""
+    order, events = Random(0), {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name in order.sample(list(calls), len(calls)):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             empty_l2(flush)
             torch.cuda._sleep(400000)
@@ -141,7 +167,7 @@ def take_turns(calls, flush, repetitions, flops):
             end.record()
             events[name].append((begin, end))
     torch.cuda.synchronize()
-    return {name: round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1) for name in names}
+    return {name: round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1) for name in calls if events[name]}
 
 
 def race_peers(row, calls, flush, repetitions, flops, known, bases):
@@ -154,7 +180,7 @@ def race_peers(row, calls, flush, repetitions, flops, known, bases):
             break
     if base is None:
         return []
-    others = {name + " by ratio": round(row[base] * known[name] / known[base], 1) for name in ("fa3", "fa4") if name in known}
+    others = {name + " by ratio": round(row[base] * known[name] / known[base], 1) for name in ("fa3", "fa4") if name in known and name not in calls}
     row.update(others)
     return list(others.values())
 
@@ -176,6 +202,8 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     contenders = [Tilewise(args.library), Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION), FlashAttention2("fa2", SDPBackend.FLASH_ATTENTION)]
+    if package := flash_attention_4():
+        contenders.append(FlashAttention4(package))
     table = json.loads((pathlib.Path(__file__).parent / "results/nvidia-h200-peers.json").read_text())["forward"]
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), unit="TFLOP/s of visible pairs, medians", rows=[])
@@ -205,7 +233,7 @@ def main():
         del outputs
         bases = ("cudnn", "fa2")
         by_ratio = race_peers(row, calls, flush, args.repetitions, flops, table.get(f"{kind} {case}", {}), bases)
-        live = [row[name] for name in bases if name in calls] + by_ratio
+        live = [row[contender.name] for contender in contenders[1:] if contender.name in calls] + by_ratio
         if live:
             row["ratio"] = round(row["tilewise"] / max(live), 3)
         result["rows"].append(row)

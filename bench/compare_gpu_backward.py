@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Race Tilewise's backward pass on a GPU against cuDNN and FlashAttention-2, as compare_gpu.py does forward.
+"""Race Tilewise's backward pass on a GPU against cuDNN, FlashAttention-2 and FlashAttention-4, as compare_gpu.py does forward.
 
 Usage: compare_gpu_backward.py [NAME=]libtilewise.so... [--out results.json] [--cases text,text] [--repetitions 12]
 
@@ -16,7 +16,7 @@ import pathlib
 
 import results
 import torch
-from compare_gpu import DTYPES, Arguments, Tilewise, race_peers, summary
+from compare_gpu import DTYPES, Arguments, Tilewise, flash_attention_4, race_peers, summary
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -72,6 +72,21 @@ def fa2(q, k, v, do, causal, left=None, cu=None, longest=None):
     shape = (cu, cu, longest or q.shape[1], longest or k.shape[1], 0.0, causal)
     r = torch.ops.aten._flash_attention_forward(q, k, v, *shape, False, **edge)
     return lambda: torch.ops.aten._flash_attention_backward(do, q, k, v, r[0], r[1], *shape, r[2], r[3], **edge)
+
+
+FA4 = flash_attention_4()
+
+
+def fa4(q, k, v, do, causal, left=None, cu=None, longest=None, **flags):
+    edge = dict(causal=causal) if left is None else dict(window_size_left=left, window_size_right=0)
+    if cu is not None:
+        edge |= dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+    o, lse = FA4._flash_attn_fwd(q, k, v, return_lse=True, **edge)[:2]
+    return lambda: FA4._flash_attn_bwd(q, k, v, o, do, lse, **edge, **flags)[:3]
+
+
+def and_fa4(*inputs, **flags):
+    return dict(fa4=lambda: fa4(*inputs, **flags)) if FA4 else {}
 
 
 def deterministic(call):
@@ -140,15 +155,15 @@ def main():
                 words = f"b{b} q{s} h{h} d{d}/{d_v} bf16" + (" causal" if causal else "")
                 flops = b * h * s * s * (6 * d + 4 * d_v) * (0.5 if causal else 1)
                 if s != 2048:
-                    race("bwd", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal)))
+                    race("bwd", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal), **and_fa4(q, k, v, do, causal)))
                 if s not in (1024, 4096):
-                    race("bwd-det", case, flops, lambda x: x.backward(words, q, k, v, do, deterministic=True), dict(fa2=lambda: deterministic(fa2(q, k, v, do, causal))), {"without the flag": lambda: ours[0].backward(words, q, k, v, do), "fa2 without the flag": lambda: fa2(q, k, v, do, causal)})
+                    race("bwd-det", case, flops, lambda x: x.backward(words, q, k, v, do, deterministic=True), dict(fa2=lambda: deterministic(fa2(q, k, v, do, causal)), **and_fa4(q, k, v, do, causal, deterministic=True)), {"without the flag": lambda: ours[0].backward(words, q, k, v, do), "fa2 without the flag": lambda: fa2(q, k, v, do, causal)})
     q, do, k, v = random(2, 8192, 32, 128), random(2, 8192, 32, 128), random(2, 8192, 8, 128), random(2, 8192, 8, 128)
     for causal in (False, True):
         words = "b2 q8192 h32/8 d128 bf16" + (" causal" if causal else "")
-        race("bwd-gqa", f"d128 {'causal' if causal else 'full'} s8192 b2 h32/8", 10 * 2 * 32 * 128 * 8192**2 * (0.5 if causal else 1), lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal)))
+        race("bwd-gqa", f"d128 {'causal' if causal else 'full'} s8192 b2 h32/8", 10 * 2 * 32 * 128 * 8192**2 * (0.5 if causal else 1), lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal), **and_fa4(q, k, v, do, causal)))
     q, do, k, v = (random(1, 16384, 16, 128) for _ in range(4))
-    race("bwd-window", "d128 s16384 w1024 b1 h16", 10 * 16 * 128 * (16384 * 1024 - 1024 * 1023 / 2), lambda x: x.backward("b1 q16384 h16 d128 bf16 window=1023,0", q, k, v, do), dict(fa2=lambda: fa2(q, k, v, do, False, 1023)))
+    race("bwd-window", "d128 s16384 w1024 b1 h16", 10 * 16 * 128 * (16384 * 1024 - 1024 * 1023 / 2), lambda x: x.backward("b1 q16384 h16 d128 bf16 window=1023,0", q, k, v, do), dict(fa2=lambda: fa2(q, k, v, do, False, 1023), **and_fa4(q, k, v, do, False, 1023)))
     x = torch.exp(torch.randn(32, generator=torch.Generator().manual_seed(5)) * 1.1)
     lengths = (x / x.sum() * 65536).int().clamp(min=16)
     cu, longest = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().cuda(), int(lengths.max())
@@ -156,7 +171,7 @@ def main():
     for causal in (False, True):
         words = f"b32 q{longest} k{longest} h16 d128 bf16 packed tq{q.shape[0]} tk{q.shape[0]}" + (" causal" if causal else "")
         flops = 10 * 16 * 128 * float((lengths.double() ** 2).sum()) * (0.5 if causal else 1)
-        race("bwd-varlen", f"d128 {'causal' if causal else 'full'} 32 sequences, 64k tokens, longest {longest}", flops, lambda x: x.backward(words, q, k, v, do, cu), dict(fa2=lambda: fa2(q, k, v, do, causal, None, cu, longest)))
+        race("bwd-varlen", f"d128 {'causal' if causal else 'full'} 32 sequences, 64k tokens, longest {longest}", flops, lambda x: x.backward(words, q, k, v, do, cu), dict(fa2=lambda: fa2(q, k, v, do, causal, None, cu, longest), **and_fa4(q, k, v, do, causal, None, cu, longest)))
 
     result["summary"] = summary((row["kind"], row["ratio"]) for row in result["rows"] if "ratio" in row)
     print(json.dumps(result["summary"]))
