@@ -33,9 +33,9 @@ struct BackwardShared {
   tile::Tile<C.block_m, kRows> ds[kSlots][C.own_tiles()];  // queries are rows, 64 keys columns
   OtherTiles<C.pair, C.dq_columns> other;
   static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
-  // 8 rows with 1 for the columns of the addends. Not last: memcheck takes them for the 64 rows that the product sees.
-  alignas(256) unsigned char ones[256];
-  alignas(256) unsigned char rows[C.stages][C.tiles() * kRowBytes];  // gradient_params.h
+  // 8 rows of 8 columns, 1 for those of the addends. Not last: memcheck takes them for the 64 rows of 16 that the product sees.
+  alignas(128) unsigned char ones[128];
+  alignas(128) unsigned char rows[C.stages][C.tiles() * kRowBytes];  // gradient_params.h
   BackwardWork work[2];                                              // the present one and the next
   tile::Barrier work_full[2], work_empty[2], claim_next, keys_empty;
   tile::Barrier sums_free, sums_added, share_ready, share_written;  // for each claim: may it be done, has it been
@@ -56,10 +56,8 @@ struct BackwardShared {
     if constexpr (C.pair) tile::clear_panels(other.k, max_of(head_dim - ptx::cluster_rank() * C.dq_columns, 0), thread, threads);
   }
   __device__ __forceinline__ void init_ones() {
-    const int row = static_cast<int>(threadIdx.x) / 2, half = threadIdx.x % 2;
-    if (row >= 8) return;
-    const bool here = half == 0;  // three bfloat16
-    *reinterpret_cast<uint4*>(ones + tile::narrow_offset(row, half)) = make_uint4(here ? 0x3f803f80 : 0, here ? 0x3f80 : 0, 0, 0);
+    if (threadIdx.x >= 8) return;
+    reinterpret_cast<uint4*>(ones)[threadIdx.x] = make_uint4(0x3f803f80, 0x3f80, 0, 0);  // three bfloat16
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
   __device__ __forceinline__ void init_barriers(bool deterministic) {
@@ -212,7 +210,6 @@ struct Claimer {
         shared.share_ready.arrive_if(leader);
       }
       if (Claims<C>::rank() == 0) shared.claim_next.wait(count % 2);
-      if (params.deterministic) shared.sums_added.wait(count % 2);  // who claims first must begin first
     }
   }
 };
@@ -224,7 +221,9 @@ struct Loader : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
   tile::Cycle<C.stages> at;
   const bool leader = threadIdx.x % 32 == 0;
-  static constexpr int kClaimAhead = 4;  // when that few steps are left to load, the next work is claimed
+  // When that few steps are left to load, the next work is claimed: where the order of additions matters late, for who claims first is
+  // waited for.
+  const int claim_ahead = params.deterministic ? 1 : 4;
 
   // Rows of one sequence.
   struct Rows {
@@ -277,7 +276,7 @@ struct Loader : Claims<C> {
         if constexpr (kQ && C.pair) load_other(keys, kv_head);
         if constexpr (kDo) load_keys(shared.v, params.v_map, shared.v_full, keys, kv_head, params.head_dim_v);
       }
-      if constexpr (kQ) claim_next(left < kClaimAhead);
+      if constexpr (kQ) claim_next(left < claim_ahead);
 #pragma unroll 1
       for (int head = kv_head * params.group; left > 0; ++head) {
         const unsigned char* rows = (C.addends ? params.addends : reinterpret_cast<const unsigned char*>(params.rows)) +
@@ -285,7 +284,7 @@ struct Loader : Claims<C> {
 #pragma unroll 1
         for (int i = walk.begin; i < walk.end; ++i, --left, at.advance()) {
           const int m = walk.step(i), row = m * C.block_m;
-          if constexpr (kQ) claim_next(left == kClaimAhead);
+          if constexpr (kQ) claim_next(left == claim_ahead);
           const auto load_do = [&] {
             load(shared.do_[at.stage], params.do_map, shared.do_full[at.stage], queries, row, head, params.head_dim_v);
           };

@@ -43,7 +43,7 @@ struct KeyGradients : Claims<C> {
   __device__ __forceinline__ void add_rows(int which) {
     if constexpr (C.addends)
       ptx::Wgmma<ptx::Element::kBFloat16, C.block_m>::template ss<ptx::kNarrowRepeated, ptx::kNarrow>(
-          s, tile::operand(shared.ones, 16), tile::operand(shared.rows[rows.stage] + which * C.tiles() * (kAddendBytes / 2), 16), 1);
+          s, tile::operand(shared.ones, 0), tile::operand(shared.rows[rows.stage] + which * C.tiles() * (kAddendBytes / 2), 0), 1);
   }
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();

@@ -11,7 +11,7 @@ namespace tilewise {
 
 constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows: the workspace's unit
 constexpr int kRowFloats = 2 * kBlockM;
-constexpr int kAddendBytes = 2 * kBlockM * 32;
+constexpr int kAddendBytes = 2 * kBlockM * 16;
 constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
 
 // All that changes the instructions of the inner loop.
@@ -99,8 +99,8 @@ struct BackwardParams {
   int sum_columns;             // of a tile of dq's sums
   float* dq_sum;               // [ring][head of the group][tile][sum_columns / 8][128 threads][4]: as the tensor cores hold accumulators
   float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
-  unsigned char* addends;      // [head][step][2][block_m] rows of 16 bfloat16, of which the sum of three is -lse / scale, and -delta; or
-                               // null, where rows are used
+  unsigned char* addends;      // [head][step][2][block_m] rows of 8 bfloat16, of which twice the sum of three is -lse / scale, and
+                               // -delta; or null, where rows are used
   float* dsink_sum;            // [head][tile]
   long long zeros;             // 16 bytes each, from `turn` on: what begins with 0
   int* turn;                   // [head][tile][CTA of a pair]: how many blocks of keys have added to dq, where their order matters

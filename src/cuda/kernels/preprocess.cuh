@@ -43,18 +43,16 @@ __device__ __forceinline__ uint4 split(float x) {
   return make_uint4(high | middle << 16, ptx::pack<kElement>(x, 0), 0, 0);
 }
 
-// What the backward kernel needs of a row of a tile, by the first four of eight lanes.
+// What the backward kernel needs of a row of a tile, by the first two of eight lanes.
 __device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta, int lane) {
-  const int which = lane / 2, half = lane % 2;  // of the addends of a row each lane writes 16 bytes
-  if (which > 1) return;
-  const float x = which == 0 ? lse : delta;
+  if (lane > 1) return;
+  const float x = lane == 0 ? lse : delta;
   if (p.addends) {
     const int tiles = p.block_m / kBlockM, inside = static_cast<int>(tile) & (tiles - 1);  // of a step, which has one or two
-    unsigned char* addends = p.addends + (tile - inside) * kAddendBytes + which * tiles * (kAddendBytes / 2) + inside * kBlockM * 32;
-    *reinterpret_cast<uint4*>(addends + tile::narrow_offset(row, half)) =
-        half ? make_uint4(0, 0, 0, 0) : split(which == 0 ? x / p.scale_log2 : x);
-  } else if (half == 0) {
-    p.rows[tile * kRowFloats + which * kBlockM + row_place(row)] = x;
+    uint4* addends = reinterpret_cast<uint4*>(p.addends + (tile - inside) * kAddendBytes) + inside * kBlockM;
+    addends[lane * tiles * kBlockM + row] = split(lane == 0 ? x / (2 * p.scale_log2) : x / 2);
+  } else {
+    p.rows[tile * kRowFloats + lane * kBlockM + row_place(row)] = x;
   }
 }
 

@@ -21,8 +21,9 @@ __device__ __forceinline__ void wgmma_wait() {
 // An operand in shared memory is named by 64 bits: the low half is its start and the step to the next 64 columns, in units of 16 bytes,
 // the high half mostly the 128-byte swizzle and 1024 bytes from 8 rows to the next 8.
 constexpr uint32_t kSwizzled = 1u << 30 | 1024 >> 4;
-// Of rows of 16 elements: the 32-byte swizzle and 256 bytes from 8 rows to the next 8; or the same 8 rows again and again.
-constexpr uint32_t kNarrow = 3u << 30 | 256 >> 4, kNarrowRepeated = 3u << 30;
+// Of rows of 8 elements, not swizzled: 128 bytes from 8 rows to the next 8, or the same 8 rows again and again. The step is then from 8
+// columns to the next 8; with 0 they are the same ones twice.
+constexpr uint32_t kNarrow = 128 >> 4, kNarrowRepeated = 0;
 
 template <Element kElement, int kN>
 struct Wgmma;

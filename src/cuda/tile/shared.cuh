@@ -25,10 +25,6 @@ struct alignas(1024) Tile {
   }
 };
 
-// Rows of 16 elements, 32 bytes, as the tensor cores read them by the 32-byte swizzle: where a half of one is. They start at multiples of
-// 256 bytes.
-__device__ __forceinline__ constexpr int narrow_offset(int row, int half) { return row * 32 + (half ^ (row >> 2 & 1)) * 16; }
-
 // The low half of a wgmma operand's name: where it starts and the bytes from its first 64 columns to the next 64. Adding bytes / 16
 // moves the start. Rows are M or N and columns are summed over (panel_bytes is then not read), or rows are summed over and columns are N.
 __device__ __forceinline__ uint32_t operand(const void* start, uint32_t panel_bytes) {
