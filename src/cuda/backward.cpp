@@ -53,17 +53,29 @@ struct Counts {
     // Where works are of different length, or wait for one another, it takes longer until the last one is. Few works have small shares, for
     // SMs without work to take.
     const int64_t sms = device.units / c.ctas();  // or pairs of them
-    const bool rounds = works > sms, uneven = p.packed || p.window_left >= 0 || p.window_right >= 0;
+    const bool rounds = works > sms, masked = p.window_left >= 0 || p.window_right >= 0, uneven = p.packed || masked;
     const int64_t margin = (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0);
     shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
-    // Deterministic blocks of a unit wait for one another: CTAs that claim at the same time should get blocks of different units, and where
-    // blocks are equal, of twice as many as there need to be (measured). Of blocks of different length the longest come first, those of
-    // several units together, so that the very last ones are short. With few blocks to a unit, short works are better mixed with long ones
-    // until the end (measured with 8; a model says that with 32 they are not).
-    const bool alternate = rounds && (p.deterministic || uneven), at_end = alternate && !p.deterministic && 5 * k_blocks <= sms;
-    interleave = !alternate ? 1
-                 : at_end   ? std::min(units, margin / k_blocks + 1)
-                            : std::clamp<int64_t>(((p.deterministic && !uneven ? 2 : 1) * sms + k_blocks / 2) / k_blocks, 1, units);
+    // Blocks of different length: the longest come first, those of several units together, so that the very last ones are short. With few
+    // blocks to a unit, short works are better mixed with long ones until the end (measured with 8; a model says that with 32 they are
+    // not), and so are packed sequences. Deterministic blocks of a unit wait for one another: CTAs that claim at the same time should get
+    // blocks of different units, of twice as many as there need to be where there are 32 times as many, and of two at least; packed and
+    // without a mask blocks of one sequence wait.
+    const bool alternate = rounds && (p.deterministic || uneven),
+               at_end = alternate && !p.deterministic && (p.packed || 5 * k_blocks <= sms);
+    if (!alternate) {
+      interleave = 1;
+    } else if (at_end) {
+      interleave = std::max<int64_t>(margin / k_blocks + 1, 3);
+    } else {
+      const auto units_of = [&](int64_t of_works, int64_t blocks) { return (of_works + blocks / 2) / blocks; };
+      interleave = units_of(sms, k_blocks);
+      if (p.deterministic) {
+        interleave = std::max(interleave, std::min(units_of(2 * sms, k_blocks), units / 16));
+        if (p.packed) interleave = masked ? 2 : std::min<int64_t>(units_of(sms, std::max<int64_t>(k_blocks / p.batch, 1)), 8);
+      }
+    }
+    interleave = std::clamp<int64_t>(interleave, 1, std::max<int64_t>(units, 1));
     plain = at_end ? units - interleave : 0;
     const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
     lag = rounds ? std::min(interleave * k_blocks + after, works) : works;
