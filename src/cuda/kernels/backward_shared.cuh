@@ -33,7 +33,7 @@ struct BackwardShared {
   tile::Tile<C.block_m, kRows> ds[kSlots][C.own_tiles()];  // queries are rows, 64 keys columns
   OtherTiles<C.pair, C.dq_columns> other;
   static constexpr int kRowBytes = C.addends ? kAddendBytes : kRowFloats * 4;  // of a tile
-  // 8 rows of 8 columns, 1 for those of the addends. Not last: memcheck takes them for the 64 rows of 16 that the product sees.
+  // 8 rows of 8 columns, 1 for those of the addends.
   alignas(128) unsigned char ones[128];
   alignas(128) unsigned char rows[C.stages][C.tiles() * kRowBytes];  // gradient_params.h
   BackwardWork work[2];                                              // the present one and the next
@@ -97,6 +97,12 @@ struct BackwardShared {
     ::cuda::ptx::fence_mbarrier_init(::cuda::ptx::sem_release, ::cuda::ptx::scope_cluster);
   }
 };
+
+// Bytes to launch with: compute-sanitizer takes each 8 columns of the addends for 16, and must find memory behind the last ones.
+template <BackwardConfig C>
+constexpr size_t shared_bytes() {
+  return sizeof(BackwardShared<C>) + (C.addends ? C.tiles() * kAddendBytes : 0);
+}
 
 // A role's way through what the CTA claims.
 template <BackwardConfig C>
