@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a Hopper GPU, in one go: correctness of the CUDA backend, the sanitizers, the race against the peers that come with
-# PyTorch, host cost, and standard against flash with the hardware's counters. Five minutes beside building.
+# PyTorch (and FlashAttention-4 where the package flash-attn-4 is installed, which compiles its kernels for a minute or two), host cost, and
+# standard against flash with the hardware's counters. Five minutes beside building.
 # Usage: bench/gpu.sh [BUILD]   BUILD: a folder that holds test_cuda, test_cuda_tile, host_cost, tilewise and libtilewise.so; built here
 # where not given. Writes bench/results/<gpu>-forward.json and -backward.json; bench/report.py makes the tables of README.md and docs/ from it.
 # Needs python3 with PyTorch; compute-sanitizer and ncu are used where they are found.
