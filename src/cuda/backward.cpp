@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cassert>
 #include <cmath>
 #include <limits>
 
@@ -58,33 +57,34 @@ struct Counts {
     shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
     // Blocks of different length: the longest come first, those of several units together, so that the very last ones are short. With few
     // blocks to a unit, short works are better mixed with long ones until the end (measured with 8; a model says that with 32 they are
-    // not), and so are packed sequences. Deterministic blocks of a unit wait for one another: CTAs that claim at the same time should get
-    // blocks of different units, of twice as many as there need to be where there are 32 times as many, and of two at least; packed and
-    // without a mask blocks of one sequence wait.
-    const bool alternate = rounds && (p.deterministic || uneven),
-               at_end = alternate && !p.deterministic && (p.packed || 5 * k_blocks <= sms);
-    if (!alternate) {
-      interleave = 1;
-    } else if (at_end) {
-      interleave = std::max<int64_t>(margin / k_blocks + 1, 3);
-    } else {
-      const auto units_of = [&](int64_t of_works, int64_t blocks) { return (of_works + blocks / 2) / blocks; };
-      interleave = units_of(sms, k_blocks);
-      if (p.deterministic) {
-        interleave = std::max(interleave, std::min(units_of(2 * sms, k_blocks), units / 16));
-        if (p.packed) interleave = masked ? 2 : std::min<int64_t>(units_of(sms, std::max<int64_t>(k_blocks / p.batch, 1)), 8);
-      }
-    }
-    interleave = std::clamp<int64_t>(interleave, 1, std::max<int64_t>(units, 1));
+    // not), and so are packed sequences.
+    const bool at_end = rounds && uneven && !p.deterministic && (p.packed || 5 * k_blocks <= sms);
+    interleave = 1;
+    if (at_end)
+      interleave = std::min(std::max<int64_t>(margin / k_blocks + 1, 3), units);
+    else if (rounds && (uneven || p.deterministic))
+      interleave = std::clamp<int64_t>(alternating(p, sms, masked), 1, units);
     plain = at_end ? units - interleave : 0;
     const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
     lag = rounds ? std::min(interleave * k_blocks + after, works) : works;
     claims = lag + units * shares;
     ring = rounds ? std::min(units, 2 * interleave + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
-    // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that
-    // had the sums before have smaller claims than a work that adds to them.
-    assert(lag >= (rounds ? interleave * k_blocks : works) &&
-           (ring == units || (shares == k_blocks && (ring - interleave) * k_blocks >= lag)));
+  }
+  // How many units alternate all the time. Deterministic blocks of a unit wait for one another, so CTAs that claim at the same time should
+  // get blocks of different units: as many units as have a work for each SM, twice as many where that leaves 16 groups of them. Packed, the
+  // blocks of one sequence wait: two units under a mask, else as many as have a work of such a sequence for each SM, eight at most.
+  int64_t alternating(const Problem& p, int64_t sms, bool masked) const {
+    const auto units_of = [](int64_t of_works, int64_t blocks) { return (of_works + blocks / 2) / blocks; };
+    const int64_t enough = units_of(sms, k_blocks);
+    if (!p.deterministic) return enough;
+    if (!p.packed) return std::max(enough, std::min(units_of(2 * sms, k_blocks), units / 16));
+    return masked ? 2 : std::min<int64_t>(units_of(sms, std::max<int64_t>(k_blocks / p.batch, 1)), 8);
+  }
+  // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that had
+  // the sums before have smaller claims than a work that adds to them. Else the kernel could wait for ever.
+  bool rising() const {
+    return lag >= (shares == k_blocks ? interleave * k_blocks : works) &&
+           (ring == units || (shares == k_blocks && (ring - interleave) * k_blocks >= lag));
   }
 };
 
@@ -116,6 +116,7 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   const int64_t tiles = std::max({counts.all_tiles, counts.all_key_tiles, counts.claims + 2 * device.units});
   if (tiles > std::numeric_limits<int>::max())
     return "batch, heads and sequences make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";
+  if (!counts.rising()) return "would wait for itself, which is an error of its own";
   return {};
 }
 

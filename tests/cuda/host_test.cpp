@@ -2,12 +2,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <random>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cuda/arguments.h"
+#include "cuda/backend.h"
 #include "tilewise/explain.hpp"
 
 namespace tilewise {
@@ -56,6 +58,34 @@ TEST(Host, RefusalsAreOneSentence) {
       EXPECT_EQ(status.code(), StatusCode::kUnsupported);
       EXPECT_EQ(status.message(), "no kernel takes '" + problem.to_string() + "' on a Hopper GPU (" + device.arch + "): " + reason);
     }
+  }
+}
+
+// However many SMs there are, no claim of the backward kernel waits for a later one: a row that could would refuse the problem.
+TEST(Host, BackwardNeverWaitsForItself) {
+  std::mt19937_64 random(1);
+  const auto draw = [&](uint64_t most) { return static_cast<int64_t>(random() % (most + 1)); };
+  for (int i = 0; i < 20000; ++i) {
+    Problem p;
+    p.pass = Pass::kBackward;
+    p.dtype = DataType::kBFloat16;
+    p.head_dim = p.head_dim_v = 64 + 64 * draw(3);
+    p.num_heads_kv = 1 + draw(40);
+    p.num_heads_q = p.num_heads_kv * (1 + draw(7));
+    p.batch = 1 + draw(40);
+    p.seqlen_q = draw(i % 2 == 0 ? 300 : 20000);
+    p.seqlen_k = draw(i % 2 == 0 ? 300 : 20000);
+    p.packed = draw(1) == 1;
+    if (p.packed) {
+      p.total_q = draw(static_cast<uint64_t>(p.batch * p.seqlen_q));
+      p.total_k = draw(static_cast<uint64_t>(p.batch * p.seqlen_k));
+    }
+    if (draw(1) == 1) p.window_left = draw(2) == 0 ? -1 : draw(500), p.window_right = draw(500);
+    p.deterministic = draw(1) == 1;
+    Device device = hopper();
+    device.units = std::vector<int>{2, 3, 31, 114, 132, 144}[static_cast<size_t>(draw(5))];
+    for (const Kernel& kernel : cuda::backward_kernels())
+      ASSERT_EQ(kernel.refusal(p, device).find("wait"), std::string::npos) << p.to_string() << " on " << device.units << " SMs";
   }
 }
 

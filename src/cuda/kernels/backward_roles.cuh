@@ -190,7 +190,7 @@ struct ScoreGradientRole : KeyRole<C> {
 template <class Row>
 __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_roles(const __grid_constant__ BackwardParams params) {
   constexpr BackwardConfig C = Row::kConfig;
-  static_assert(sizeof(BackwardShared<C>) <= 227 << 10 && C.mains == 2 && C.block_m == kBlockM && !C.addends);
+  static_assert(kSharedBytes<C> <= 227 << 10 && C.mains == 2 && C.block_m == kBlockM && !C.addends);
   extern __shared__ __align__(1024) unsigned char memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers(params.deterministic);

@@ -98,11 +98,9 @@ struct BackwardShared {
   }
 };
 
-// Bytes to launch with: compute-sanitizer takes each 8 columns of the addends for 16, and must find memory behind the last ones.
+// Bytes to launch with: behind the last addends there is memory, because memcheck presumably takes each 8 columns of them for 16.
 template <BackwardConfig C>
-constexpr size_t shared_bytes() {
-  return sizeof(BackwardShared<C>) + (C.addends ? C.tiles() * kAddendBytes : 0);
-}
+constexpr size_t kSharedBytes = sizeof(BackwardShared<C>) + (C.addends ? C.tiles() * kAddendBytes : 0);
 
 // A role's way through what the CTA claims.
 template <BackwardConfig C>

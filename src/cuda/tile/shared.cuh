@@ -26,7 +26,8 @@ struct alignas(1024) Tile {
 };
 
 // The low half of a wgmma operand's name: where it starts and the bytes from its first 64 columns to the next 64. Adding bytes / 16
-// moves the start. Rows are M or N and columns are summed over (panel_bytes is then not read), or rows are summed over and columns are N.
+// moves the start. Rows are M or N and columns are summed over, and panel_bytes is not read (but without a swizzle, where it goes from 8
+// columns to the next: ptx::kNarrow); or rows are summed over and columns are N.
 __device__ __forceinline__ uint32_t operand(const void* start, uint32_t panel_bytes) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(start));
   return (address & 0x3FFFF) >> 4 | (panel_bytes >> 4) << 16;
