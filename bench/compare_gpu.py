@@ -3,22 +3,22 @@
 
 Usage: compare_gpu.py --library libtilewise.so [--out results.json] [--cases text] [--repetitions 20]
 
-The contenders of a case take turns call by call in an order that is drawn anew each time, so that they share one thermal and power state.
-L2 is flushed before every call, a spinning kernel keeps host time out of the figure, and figures are medians: TFLOP/s of visible pairs. Every first
-result is compared with the other contenders'; where they differ, or Tilewise fails, the race ends. Peers that are not installed here enter
-by their ratio to cuDNN (FlashAttention-2 where cuDNN is not raced), measured once on an H200 with all of them in one run:
-bench/results/nvidia-h200-peers.json. Where that one's figure is 10 % from what it was then, the case is measured once more.
+The contenders of a case take turns call by call, each behind each other one equally often, so that they share one thermal and power state.
+L2 is flushed before every call, a spinning kernel keeps host time out of the figure, and figures are medians: TFLOP/s of visible pairs. Every
+first result is compared with the other contenders'; where they differ, or Tilewise fails, the race ends. Peers that are not installed here
+enter by their ratio to cuDNN (FlashAttention-2 where it is not raced) or to FlashAttention-4, whichever makes them faster; the ratios were
+measured once on an H200 with all of them in one run: bench/results/nvidia-h200-peers.json. Where the first one's figure is 10 % from what it
+was then, the case is measured once more.
 """
 import argparse
 import contextlib
 import ctypes
-import importlib
+import importlib.metadata
 import json
 import math
 import pathlib
 import statistics
 import time
-from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,11 @@ def flash_attention_4():
         return importlib.import_module("flash_attn.cute.interface")
 
 
+def fa4_version():
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("flash-attn-4")
+
+
 def empty_l2(flush):
     """Fills L2 with `flush`, whose lines push out all others, also those that a kernel has asked to be kept. Waits for the device."""
     torch.cuda.synchronize()
@@ -153,12 +158,19 @@ def empty_l2(flush):
     flush.zero_()
 
 
+def balanced_orders(names):
+    """Orders in which each name comes behind each other one equally often: who always came behind the same one would have a card that is
+    always as hot or as cool. Williams' squares: one for an even count, two for an odd one."""
+    zigzag = [i // 2 if i % 2 == 0 else len(names) - 1 - i // 2 for i in range(len(names))]
+    rows = [[names[(place + row) % len(names)] for place in zigzag] for row in range(len(names))]
+    return rows + [row[::-1] for row in rows] if len(names) % 2 else rows
+
+
 def take_turns(calls, flush, repetitions, flops):
-    """TFLOP/s of each call, the median: they take turns, L2 flushed, the host's time hidden behind a spinning kernel. The order is drawn anew
-    each time: who always came behind the same one would have a card that is always as hot or as cool."""
-    order, events = Random(0), {name: [] for name in calls}
-    for _ in range(repetitions):
-        for name in order.sample(list(calls), len(calls)):
+    """TFLOP/s of each call, the median of at least `repetitions`: they take turns, L2 flushed, the host's time hidden behind a spinning kernel."""
+    orders, events = balanced_orders(list(calls)), {name: [] for name in calls}
+    for i in range(-(-repetitions // len(orders)) * len(orders) if calls else 0):
+        for name in orders[i % len(orders)]:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             empty_l2(flush)
             torch.cuda._sleep(400000)
@@ -167,22 +179,24 @@ def take_turns(calls, flush, repetitions, flops):
             end.record()
             events[name].append((begin, end))
     torch.cuda.synchronize()
-    return {name: round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1) for name in calls if events[name]}
+    return {name: round(flops / statistics.median(b.elapsed_time(e) for b, e in events[name]) / 1e9, 1) for name in calls}
 
 
 def race_peers(row, calls, flush, repetitions, flops, known, bases):
-    """Fills the row: what take_turns() says of the calls, and FA3 and FA4 by their ratio, when `known` was measured, to the first of `bases` that
-    runs here and ran then. Returns the figures of FA3 and FA4."""
-    base = next((name for name in bases if name in calls and known.get(name)), None)
+    """Fills the row: what take_turns() says of the calls, and FA3 and FA4, where they do not run here, by their ratio when `known` was measured
+    to one of `bases` that runs here and ran then: the one that makes them fastest. Returns those figures."""
+    bases = [name for name in bases if name in calls and known.get(name)]
     for _ in range(2):
         row.update(take_turns(calls, flush, repetitions, flops))
-        if base is None or abs(row[base] / known[base] - 1) < 0.1:
+        if not bases or abs(row[bases[0]] / known[bases[0]] - 1) < 0.1:
             break
-    if base is None:
-        return []
-    others = {name + " by ratio": round(row[base] * known[name] / known[base], 1) for name in ("fa3", "fa4") if name in known and name not in calls}
-    row.update(others)
-    return list(others.values())
+    row.update(estimates(row, known, bases, calls))
+    return [figure for name, figure in row.items() if name.endswith(" by ratio")]
+
+
+def estimates(row, known, bases, calls):
+    return {name + " by ratio": round(max(row[base] * known[name] / known[base] for base in bases), 1)
+            for name in ("fa3", "fa4") if bases and name in known and name not in calls}  # fmt: skip
 
 
 def summary(ratios):
@@ -206,7 +220,7 @@ def main():
         contenders.append(FlashAttention4(package))
     table = json.loads((pathlib.Path(__file__).parent / "results/nvidia-h200-peers.json").read_text())["forward"]
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), unit="TFLOP/s of visible pairs, medians", rows=[])
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), fa4=fa4_version(), unit="TFLOP/s of visible pairs, medians", rows=[])
 
     def race(kind, case, flops, method, *inputs):
         if args.cases not in case:
@@ -231,7 +245,7 @@ def main():
                 raise RuntimeError(f"{kind} {case}: outputs differ by up to {difference.max().item()}")
             row["difference"] = max(row.get("difference", 0), difference.max().item())
         del outputs
-        bases = ("cudnn", "fa2")
+        bases = ("cudnn" if "cudnn" in calls else "fa2", "fa4")
         by_ratio = race_peers(row, calls, flush, args.repetitions, flops, table.get(f"{kind} {case}", {}), bases)
         live = [row[contender.name] for contender in contenders[1:] if contender.name in calls] + by_ratio
         if live:

@@ -114,11 +114,17 @@ def gpu(everything):
     )
 
 
+def figure(row, name):
+    """A contender's, "~" where it did not run beside the others but enters by its ratio to one that did."""
+    estimate = row.get(f"{name} by ratio")
+    return f"{row[name]:.0f}" if isinstance(row.get(name), float) else f"~{estimate:.0f}" if estimate else "-"
+
+
 def cases(run, kinds):
-    number = lambda value: f"{value:.0f}" if isinstance(value, float) else "-"
-    names = ("tilewise", "cudnn", "fa2", "fa3", "fa4")  # where one did not run beside the others, by its ratio to one that did
-    rows = [(row["case"] + {"fwd-fp16": " fp16", "bwd-det": " deterministic"}.get(row["kind"], ""), *(number(row.get(name, row.get(f"{name} by ratio"))) for name in names),
-             f"{row['ratio']:.2f}" if "ratio" in row else "-") for row in run["rows"] if row["kind"] in kinds]  # fmt: skip
+    names = ("tilewise", "cudnn", "fa2", "fa3", "fa4")
+    words = {"fwd-fp16": " fp16", "bwd-det": " deterministic", "bwd-det-more": " deterministic"}
+    rows = [(row["case"] + words.get(row["kind"], ""), *(figure(row, name) for name in names), f"{row['ratio']:.2f}" if "ratio" in row else "-")
+            for row in run["rows"] if row["kind"] in kinds]  # fmt: skip
     return table(("case", "Tilewise", "cuDNN", "FA2", "FA3", "FA4", "ratio"), rows)
 
 
