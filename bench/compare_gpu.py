@@ -18,9 +18,13 @@ import json
 import math
 import pathlib
 import statistics
+import sys
 import time
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{__doc__}\nNeeds PyTorch: pip install torch")
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -13,9 +13,13 @@ import ctypes
 import json
 import math
 import pathlib
+import sys
 
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{__doc__}\nNeeds PyTorch: pip install torch")
 import results
-import torch
 from compare_gpu import DTYPES, Arguments, Tilewise, fa4_version, flash_attention_4, race_peers, summary
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention

@@ -16,7 +16,10 @@ import statistics
 import subprocess
 import sys
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{__doc__}\nNeeds PyTorch: pip install torch")
 
 import compare_gpu
 import results

@@ -10,9 +10,13 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import time
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{__doc__}\nNeeds PyTorch: pip install torch")
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

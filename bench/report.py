@@ -180,17 +180,25 @@ def io(everything):
 
 
 def print_summary(everything):
-    """What bench/gpu.sh found, a line each."""
+    """What bench/gpu.sh found of one pass, a line each."""
     for name, mean in everything["race"]["summary"].items():
         print(f"{name:24s} {mean['cases']:3d} cases, geometric mean {mean['geomean']:.3f} of the best peer, least {mean['lowest']:.3f}")
-    print(f"{'host cost':24s} {everything['host_cost']['difference_us']:.2f} us above an empty launch")
-    longest = everything["io"]["rows"][-1]
-    flash, standard = longest["flash"], longest["standard"]
-    print(f"{units.length(longest['seqlen']) + ' tokens':24s} {units.duration(flash['seconds'])} against {units.duration(standard['seconds'])}, "
-          f"extra memory {units.si(flash['extra_bytes'], 'B')} against {units.si(standard['extra_bytes'], 'B')}")  # fmt: skip
+    rows = everything["race"]["rows"]
+    for peer in ("cudnn", "fa2", "fa3", "fa4"):
+        ran, scaled = (sum(isinstance(row.get(name), float) for row in rows) for name in (peer, f"{peer} by ratio"))
+        print(f"{peer:24s} {ran:3d} cases raced, {scaled} by ratio")
+    if "host_cost" in everything:
+        print(f"{'host cost':24s} {everything['host_cost']['difference_us']:.2f} us above an empty launch")
+    if "io" in everything:
+        longest = everything["io"]["rows"][-1]
+        flash, standard = longest["flash"], longest["standard"]
+        print(f"{units.length(longest['seqlen']) + ' tokens':24s} {units.duration(flash['seconds'])} against {units.duration(standard['seconds'])}, "
+              f"extra memory {units.si(flash['extra_bytes'], 'B')} against {units.si(standard['extra_bytes'], 'B')}")  # fmt: skip
 
 
 def main():
+    if {"-h", "--help"} & set(sys.argv):
+        return print(__doc__)
     if sys.argv[1:2] == ["--summary"]:
         return print_summary(results.load(sys.argv[2]))
     everything = results.load(sys.argv[1] if len(sys.argv) > 1 else None)

@@ -77,7 +77,9 @@ typedef struct tw_arguments {
   tw_tensor q, k, v, o, lse;
   tw_tensor cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink;
   tw_tensor dout, dlse, dq, dk, dv, dsink;
-  void* workspace; /* tw_plan_workspace_bytes() bytes, aligned to 256 */
+  /* tw_plan_workspace_bytes() bytes, aligned to 256, holding anything, and anything afterwards. Runs that follow one another may share it,
+   * runs at the same time may not. */
+  void* workspace;
 } tw_arguments;
 
 /* What tw_forward() and tw_backward() are told beside their tensors: tilewise::Options. */

@@ -83,7 +83,8 @@ struct TW_API Device {
   static std::vector<Device> all();
 };
 
-// A tensor of the caller. Inputs are never written. The last dimension is contiguous, all other strides are free.
+// A tensor of the caller. Inputs are never written. The last dimension is contiguous, all other strides are free (on a GPU rows of q, k, v,
+// o and their gradients also begin at multiples of 16 bytes).
 struct TW_API TensorView {
   void* data = nullptr;
   DataType dtype = DataType::kFloat32;
@@ -96,7 +97,8 @@ struct TW_API TensorView {
 
 // Everything that plan.run() reads and writes, in memory of the plan's device. Shapes are dense [or packed]. What is written shares no
 // byte with any other tensor; tensors may lie interleaved in one buffer. On a GPU nobody checks what cu_seqlens holds: of a sequence that
-// is longer than the problem's seqlen_q or seqlen_k rows may be left out.
+// is longer than the problem's seqlen_q or seqlen_k rows may be left out. The workspace may hold anything, and does afterwards: runs that
+// follow one another may share it, runs at the same time may not.
 struct Arguments {
   TensorView q;               // [batch, seqlen_q, num_heads_q, head_dim]      [total_q, num_heads_q, head_dim]
   TensorView k;               // [batch, seqlen_k, num_heads_kv, head_dim]     [total_k, num_heads_kv, head_dim]
