@@ -643,6 +643,12 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
       << text.out;
   EXPECT_NE(text.out.find("FLOP/byte; this GPU balances at 206.1"), std::string::npos) << text.out;
   EXPECT_NE(text.out.find("\nat best "), std::string::npos) << text.out;
+  EXPECT_EQ(text.out.find("filled"), std::string::npos) << text.out;
+  // What the kernel fills up it also multiplies.
+  const Outcome filled = tilewise("explain --device h200 bwd q4096 h16 d136/80 bf16");
+  expect_lines_of_80_columns(filled.out);
+  EXPECT_NE(filled.out.find("            head_dim 136/80 filled up to 192/128 with zeros\n"), std::string::npos) << filled.out;
+  EXPECT_NE(filled.out.find("bound, filled tiles in full"), std::string::npos) << filled.out;
   expect_refusal("explain q8 d8 --device h100", "dtype fp32 is neither bf16 nor fp16");
 }
 

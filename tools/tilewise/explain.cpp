@@ -111,6 +111,11 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
                            bytes_text(device.desk_bytes), desk_name(device)));
   row("",
       fmt::format("{} blocks of {} for {} {}", e.work_items, p.pass == Pass::kForward ? "rows" : "keys", e.tiles.units, unit_name(device)));
+  const bool filled = e.tiles.head_dim > p.head_dim || e.tiles.head_dim_v > p.head_dim_v;
+  const auto dims = [](int64_t d, int64_t dv) { return d == dv ? fmt::format("{}", d) : fmt::format("{}/{}", d, dv); };
+  if (filled)
+    row("",
+        fmt::format("head_dim {} filled up to {} with zeros", dims(p.head_dim, p.head_dim_v), dims(e.tiles.head_dim, e.tiles.head_dim_v)));
   const auto glyph = glyphs();
   row("", fmt::format("{} full {}   {} masked {}   {} skipped {}", glyph[kFull], e.full_tiles, glyph[kMasked], e.masked_tiles,
                       glyph[kSkipped], e.skipped_tiles));
@@ -136,7 +141,7 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   pair("limit", seconds_text(times.limit), seconds_text(times.standard),
        fmt::format("at {}FLOP/s and {}B/s, {}", si_text(rates.flops_per_second), si_text(rates.bytes_per_second), source));
   pair("at best", seconds_text(times.predicted), "",
-       fmt::format("{} bound, masked tiles in full", times.tiles >= times.traffic ? "arithmetic" : "memory"));
+       fmt::format("{} bound, {} tiles in full", times.tiles >= times.traffic ? "arithmetic" : "memory", filled ? "filled" : "masked"));
 }
 
 Json explanation_json(const Problem& p, const Device& device, const Explanation& e, const Rates& rates, const char* source) {
