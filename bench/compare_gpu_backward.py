@@ -5,8 +5,8 @@ Usage: compare_gpu_backward.py [NAME=]libtilewise.so... [--out results.json] [--
 
 Several libraries are variants of one another; the first is the one whose ratio counts. Contenders take turns call by call, L2 is flushed,
 host time is hidden, figures are medians. Peers that are not installed enter by their ratio to cuDNN (FlashAttention-2 where it is not raced,
-without its flag where ours has it) or to FlashAttention-4, whichever makes them faster. `error` is each gradient's largest difference from a peer's, relative to the peer's
-largest value: dq/dk/dv; where it is large, or Tilewise fails, the race ends.
+without its flag where ours has it) or to FlashAttention-4, whichever makes them faster. `error` is each gradient's largest difference from a
+peer's, relative to the peer's largest value: dq/dk/dv; where it is large, or Tilewise fails, the race ends.
 """
 import argparse
 import ctypes
@@ -131,13 +131,13 @@ def main():
                 if name == ours[0].name:
                     raise
                 row[name] = "no: " + (str(error) or repr(error)).split("\n")[0][:80]
-        errors = [0] * 3
+        errors = []
         for name in (name for name in peers if name in gradients):
             found = [((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(gradients[ours[0].name], gradients[name])]
             if not all(error < 0.03 for error in found):  # NaN neither
                 raise RuntimeError(f"{kind} {case}: gradients differ from {name}'s by {found} of the largest")
-            errors = list(map(max, errors, found))
-        row["error"] = "/".join(f"{error:.1e}" for error in errors)
+            errors = list(map(max, errors or found, found))
+            row["error"] = "/".join(f"{error:.1e}" for error in errors)
         del gradients
         # of FlashAttention-2 only the figure without its flag was measured with the others
         bases = ("cudnn" if "cudnn" in calls else "fa2 without the flag" if "fa2 without the flag" in calls else "fa2", "fa4")

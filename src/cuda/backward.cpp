@@ -82,7 +82,7 @@ struct Counts {
   }
   // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that had
   // the sums before have smaller claims than a work that adds to them. Else the kernel could wait for ever.
-  bool rising() const {
+  bool waits_for_earlier_only() const {
     return lag >= (shares == k_blocks ? interleave * k_blocks : works) &&
            (ring == units || (shares == k_blocks && (ring - interleave) * k_blocks >= lag));
   }
@@ -116,7 +116,7 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   const int64_t tiles = std::max({counts.all_tiles, counts.all_key_tiles, counts.claims + 2 * device.units});
   if (tiles > std::numeric_limits<int>::max())
     return "batch, heads and sequences make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";
-  if (!counts.rising()) return "would wait for itself, which is an error of its own";
+  if (!counts.waits_for_earlier_only()) return "would wait for itself, which is an error of its own";
   return {};
 }
 
