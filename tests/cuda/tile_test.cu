@@ -234,6 +234,48 @@ TEST_F(TileTest, ProductsD192) { check_products<64, 192, 192>(); }
 TEST_F(TileTest, ProductsD192x128) { check_products<64, 192, 128>(); }
 TEST_F(TileTest, ProductsD256) { check_products<64, 64, 256>(); }
 
+// s = a b^T over rows of 8 columns that are taken twice; a's 8 rows are all 64. What lies around b is never multiplied.
+constexpr int kNarrowRows = 128;
+__global__ void narrow_kernel(const uint16_t* a, const uint16_t* b, float* out) {
+  struct Memory {
+    uint16_t before[64], a[64], between[64], b[kNarrowRows * 8], after[kNarrowRows * 8];
+  };
+  __shared__ __align__(128) Memory memory;
+  uint16_t* all = reinterpret_cast<uint16_t*>(&memory);
+  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(Memory) / 2); i += 128) all[i] = 0x7fc0;
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < 64; i += 128) memory.a[i] = a[i];
+  for (int i = static_cast<int>(threadIdx.x); i < kNarrowRows * 8; i += 128) memory.b[i] = b[i];
+  ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
+  __syncthreads();
+  float s[kNarrowRows / 2];
+  ptx::wgmma_fence();
+  ptx::Wgmma<kBFloat16, kNarrowRows>::ss<ptx::kNarrowRepeated, ptx::kNarrow>(s, operand(memory.a, 0), operand(memory.b, 0), 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  hold(s);
+  const Lane lane = this_lane();
+  for (int i = 0; i < kNarrowRows / 2; ++i) out[(lane.row + 8 * row_of(i)) * kNarrowRows + lane.column + column_of(i)] = s[i];
+}
+
+TEST_F(TileTest, NarrowRowsAreTakenTwiceAndNothingElse) {
+  std::vector<uint16_t> a(64), b(kNarrowRows * 8);
+  for (int i = 0; i < 64; ++i) a[i] = bits(static_cast<float>(1 + i * 5 % 7));
+  for (int i = 0; i < kNarrowRows * 8; ++i) b[i] = bits(static_cast<float>((i * 11 + i / 7) % 9 - 4));
+  constexpr int kInfinite = 70;
+  b[kInfinite * 8 + 3] = bits(INFINITY);
+  const OnDevice<uint16_t> da(a), db(b);
+  const OnDevice<float> out(std::vector<float>(64 * kNarrowRows, NAN));
+  narrow_kernel<<<1, 128>>>(da.data, db.data, out.data);
+  const std::vector<float> got = out.get();
+  for (int i = 0; i < 64; ++i)
+    for (int j = 0; j < kNarrowRows; ++j) {
+      float sum = 0;
+      for (int c = 0; c < 8; ++c) sum += 2 * value(a[i % 8 * 8 + c]) * value(b[j * 8 + c]);
+      ASSERT_EQ(got[i * kNarrowRows + j], sum) << i << " " << j;
+    }
+}
+
 // Blocks of 32 keys per row, exact until every row of the warp has met a key, then under the old max; out: max, sum, and whether the block
 // went without a new max.
 __global__ void rows_kernel(const float* scores, int blocks, float* out) {
