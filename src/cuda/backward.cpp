@@ -35,8 +35,10 @@ std::string name_of(const BackwardConfig& c) {
 
 // What gradient_params.h counts. Packed: bounds, since a sequence has at most one step or block that is not full.
 struct Counts {
-  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, plain, interleave, shares, lag, claims,
-      ring;
+  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, plain, interleave, run, shares, lag, claims,
+      ring, ahead;
+  int64_t together;   // units whose works are mixed, at most
+  int64_t rest_ctas;  // that preprocess the units that are not `ahead`
   Counts(const Problem& p, const BackwardConfig& c, const Device& device) {
     q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
     k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
@@ -65,10 +67,36 @@ struct Counts {
     else if (rounds && (uneven || p.deterministic))
       interleave = std::clamp<int64_t>(alternating(p, sms, masked), 1, units);
     plain = at_end ? units - interleave : 0;
+    run = k_blocks;
+    together = interleave;
+    if (falls_in_runs(p, c)) {
+      const int64_t nominal = kNominalSms / c.ctas();
+      together = std::clamp<int64_t>(ceil_div(8 * nominal, k_blocks), interleave, units);
+      plain = units - together;
+      run = std::max<int64_t>(3 * nominal / 4 / together, 1);
+    }
     const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
-    lag = rounds ? std::min(interleave * k_blocks + after, works) : works;
+    lag = rounds ? std::min(together * k_blocks + after, works) : works;
     claims = lag + units * shares;
-    ring = rounds ? std::min(units, 2 * interleave + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
+    ring = rounds ? std::min(units, 2 * together + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
+    rest_ctas = std::max(device.units / 8, 1);
+    ahead = rounds ? first_units(p, sms) : units;
+    if ((units - ahead) * q_tiles * (p.num_heads_q / p.num_heads_kv) < 64 * rest_ctas) ahead = units;
+  }
+  // Deterministic blocks fall, so under a causal mask a unit's longest ones come last. Where the last units would have many to wait for,
+  // they fall in runs there, and those of longer blocks come first: as many units as have eight works for each SM, and a run of them all
+  // has a work for three quarters of the SMs (measured). The order of additions follows from it and must not depend on how many SMs there
+  // are.
+  static constexpr int kNominalSms = 128;
+  bool falls_in_runs(const Problem& p, const BackwardConfig& c) const {
+    return p.deterministic && !p.packed && p.window_left < 0 && p.window_right >= 0 && k_blocks >= 32 * c.ctas() &&
+           works > 2 * kNominalSms / c.ctas();
+  }
+  // Units that the first works are of, one for each SM; all, if that is not sure.
+  int64_t first_units(const Problem& p, int64_t sms) const {
+    const int64_t most = plain > 0 ? plain : units, alternate = plain > 0 && !p.deterministic ? 1 : interleave;
+    const int64_t first = ceil_div(sms, alternate * (plain > 0 ? k_blocks : run)) * alternate;
+    return first <= most ? first : units;
   }
   // How many units alternate all the time. Deterministic blocks of a unit wait for one another, so CTAs that claim at the same time should
   // get blocks of different units: as many units as have a work for each SM, twice as many where that leaves 16 groups of them. Packed, the
@@ -83,8 +111,8 @@ struct Counts {
   // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that had
   // the sums before have smaller claims than a work that adds to them. Else the kernel could wait for ever.
   bool waits_for_earlier_only() const {
-    return lag >= (shares == k_blocks ? interleave * k_blocks : works) &&
-           (ring == units || (shares == k_blocks && (ring - interleave) * k_blocks >= lag));
+    return lag >= (shares == k_blocks ? together * k_blocks : works) &&
+           (ring == units || (shares == k_blocks && (ring - together) * k_blocks >= lag));
   }
 };
 
@@ -98,7 +126,7 @@ struct Workspace {
                    static_cast<size_t>(c.sum_columns(p.deterministic)) * sizeof(float));
     addends = rows + aligned(c.addends ? 0 : count * kRowFloats * sizeof(float));
     dsink_sum = addends + aligned(c.addends ? count * kAddendBytes : 0);
-    turn = dsink_sum + aligned(count * sizeof(float));
+    turn = dsink_sum + aligned(2 * count * sizeof(float));
     spoilt = turn + aligned(count * static_cast<size_t>(c.ctas()) * sizeof(int));
     spoilt_keys = spoilt + aligned(count * (head_dim / 32) * sizeof(SpoiltRows));
     progress = spoilt_keys + aligned(static_cast<size_t>(counts.all_key_tiles) * sizeof(SpoiltKeys));
@@ -114,8 +142,8 @@ std::string refusal(const BackwardRow& row, const Problem& p, const Device& devi
   if ((p.softcap > 0 || p.alibi) != c.modified) return c.modified ? "is for softcap and alibi" : "has no softcap and no alibi";
   const Counts counts(p, c, device);
   const int64_t tiles = std::max({counts.all_tiles, counts.all_key_tiles, counts.claims + 2 * device.units});
-  if (tiles > std::numeric_limits<int>::max())
-    return "batch, heads and sequences make " + std::to_string(tiles) + " tiles, more than fit into 32 bits";
+  if (tiles > std::numeric_limits<int>::max() / 2)  // halves of tiles are counted
+    return "batch, heads and sequences make " + std::to_string(tiles) + " tiles, more than fit into 31 bits";
   if (!counts.waits_for_earlier_only()) return "would wait for itself, which is an error of its own";
   return {};
 }
@@ -224,11 +252,12 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.works = static_cast<int>(counts.works);
   r.units = static_cast<int>(counts.units);
-  r.plain = static_cast<int>(counts.plain);
-  r.interleave = static_cast<int>(counts.interleave);
+  r.order = {
+      .plain = static_cast<int>(counts.plain), .interleave = static_cast<int>(counts.interleave), .run = static_cast<int>(counts.run)};
   r.shares = static_cast<int>(counts.shares);
   r.lag = static_cast<int>(counts.lag);
   r.claims = static_cast<int>(counts.claims);
+  r.ahead = static_cast<int>(counts.ahead);
   r.ring = static_cast<int>(counts.ring);
   r.tiles = counts.tiles;
   r.sum_columns = c.sum_columns(p.deterministic);
@@ -250,7 +279,11 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   void* arguments[] = {&r, &head_dim};
   Chain chain(stream);
   const int64_t tiles = std::max(counts.all_tiles, counts.all_key_tiles);
-  chain.launch(row.preprocess, std::max<int64_t>(tiles, 1), kPreprocessThreads, 0, arguments);
+  const bool rest = counts.ahead < counts.units;
+  const int64_t first = rest ? counts.ahead * r.group * counts.q_tiles : tiles;
+  chain.launch(row.preprocess, std::max<int64_t>(ceil_div<int64_t>(2 * first, kPreprocessThreads / 32), 1), kPreprocessThreads, 0,
+               arguments);
+  if (rest) chain.launch(row.rest, counts.rest_ctas, kRestThreads, 0, arguments);
   const int64_t claimers = counts.works > 0 ? std::min<int64_t>(counts.claims, device.units / c.ctas()) : 0;
   chain.launch(row.function, c.ctas() * claimers, c.threads(), row.shared_bytes, arguments, c.ctas());
   chain.launch(row.postprocess, std::min<int64_t>(tiles, 4 * device.units) + (a.dsink ? p.num_heads_q : 0), kPostprocessThreads, 0,
@@ -286,7 +319,7 @@ Kernel kernel() {
           [](const Device& device) {
             static std::atomic<uint64_t> loaded{0};
             const BackwardRow& row = table()[kIndex];
-            return prepare(loaded, device, row.shared_bytes, {row.function, row.preprocess, row.postprocess});
+            return prepare(loaded, device, row.shared_bytes, {row.function, row.preprocess, row.rest, row.postprocess});
           },
   };
 }

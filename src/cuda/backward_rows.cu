@@ -23,7 +23,11 @@ struct Row {
       return reinterpret_cast<const void*>(backward_sm90<Row>);
   }
   static BackwardRow row() {
-    return {kConfig, kSharedBytes<kConfig>, kernel(), reinterpret_cast<const void*>(backward_preprocess<kElement, kConfig.head_dim_v>),
+    return {kConfig,
+            kSharedBytes<kConfig>,
+            kernel(),
+            reinterpret_cast<const void*>(backward_preprocess<kElement, kConfig.head_dim_v>),
+            reinterpret_cast<const void*>(backward_preprocess_rest<kElement, kConfig.head_dim_v>),
             reinterpret_cast<const void*>(backward_postprocess<kElement>)};
   }
 };

@@ -31,7 +31,7 @@ TW_BACKWARD_SHAPE(Backward256, .head_dim = 256, .head_dim_v = 256, .block_m = 64
 struct BackwardRow {
   BackwardConfig config;
   size_t shared_bytes;
-  const void *function, *preprocess, *postprocess;
+  const void *function, *preprocess, *rest, *postprocess;
 };
 
 // bf16, bf16 modified, fp16, fp16 modified. Defined in backward_rows.cu, which is compiled once for each shape.

@@ -40,12 +40,14 @@ struct Backward : Cuda {
   }
 };
 
-constexpr const char* kRepeated[] = {"bwd b2 q600 k900 h6/2 d128 bf16 causal", "bwd b3 q400 h4 d64 fp16",
-                                     "bwd b1 q300 k700 h3 d256 bf16 window=90,20", "bwd b2 q700 h4/1 d96 bf16 causal sink",
-                                     "bwd b5 q500 k500 h4/2 d128 bf16 packed tq1300 tk1400 causal",
-                                     // pairs of CTAs
-                                     "bwd b2 q600 k700 h4/2 d256 bf16 causal", "bwd b2 q500 k640 h3 d192 fp16",
-                                     "bwd b5 q500 k500 h4/2 d192/128 bf16 packed tq1300 tk1400 softcap=30"};
+constexpr const char* kRepeated[] = {
+    "bwd b2 q600 k900 h6/2 d128 bf16 causal", "bwd b3 q400 h4 d64 fp16", "bwd b1 q300 k700 h3 d256 bf16 window=90,20",
+    "bwd b2 q700 h4/1 d96 bf16 causal sink", "bwd b5 q500 k500 h4/2 d128 bf16 packed tq1300 tk1400 causal",
+    // rows of later units are preprocessed meanwhile; blocks of keys fall in runs
+    "bwd b9 q200 h12/6 d128 bf16 causal sink", "bwd q200 k4200 h8 d64 bf16 causal",
+    // pairs of CTAs
+    "bwd b2 q600 k700 h4/2 d256 bf16 causal", "bwd b2 q500 k640 h3 d192 fp16", "bwd q150 k8300 h2 d256 bf16 causal",
+    "bwd b5 q500 k500 h4/2 d192/128 bf16 packed tq1300 tk1400 softcap=30"};
 
 TEST_F(Backward, DeterministicGradientsRepeatBitByBit) {
   for (const std::string line : kRepeated)
@@ -137,13 +139,13 @@ TEST_F(Spoilt, ValuesThatAreNotFiniteCostLittle) {
 
 // So many heads that the sums of dq, which lie in a ring, are used again, with few and with many blocks of keys to a head.
 TEST_F(Backward, SumsAreUsedAgain) {
-  for (const char* line :
-       {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16 seqused", "bwd b24 q70 h15 d256 fp16",
-        "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16", "bwd b20 q20 k700 h8 d128 bf16",
-        "bwd b30 q140 h20 d64 bf16 causal", "bwd b20 q140 h10 d192 bf16 causal", "bwd b20 q140 h10 d192/128 bf16",
-        "bwd q300 k3500 h6 d64 bf16 causal",                               // works of several units alternate: of the last ones, of all
-        "bwd b40 q20 k400 h8 d128 bf16", "bwd b60 q20 k130 h8 d256 bf16",  // deterministic works take the longest ring
-        "bwd b11 q100 h12 d128 bf16", "bwd b7 q100 h19 d128 bf16"})        // as many works as an H100 has SMs, and one more
+  for (const char* line : {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16 seqused", "bwd b24 q70 h15 d256 fp16",
+                           "bwd b30 q60 k60 h40 d96 bf16 packed tq400 tk500 causal", "bwd b34 q20 h40/20 d64 bf16",
+                           "bwd b20 q20 k700 h8 d128 bf16", "bwd b30 q140 h20 d64 bf16 causal", "bwd b20 q140 h10 d192 bf16 causal",
+                           "bwd b20 q140 h10 d192/128 bf16", "bwd b40 q150 h12 d256 bf16 causal",
+                           "bwd q300 k3500 h6 d64 bf16 causal",  // works of several units alternate: of the last ones, of all
+                           "bwd b40 q20 k400 h8 d128 bf16", "bwd b60 q20 k130 h8 d256 bf16",  // deterministic works take the longest ring
+                           "bwd b11 q100 h12 d128 bf16", "bwd b7 q100 h19 d128 bf16"})  // as many works as an H100 has SMs, and one more
     for (const char* order : {"", " deterministic", " accumulate"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 8, Layout::kBshd));
 }
 
@@ -151,7 +153,8 @@ TEST_F(Backward, SumsAreUsedAgain) {
 TEST_F(Backward, LongSequences) {
   for (const char* line : {"bwd q2000 k1900 h4/2 d128 bf16 causal", "bwd q1500 k2100 h2 d64 bf16", "bwd q1100 k1300 h2 d256 bf16 causal",
                            "bwd q2500 h1 d96 fp16 window=300,0", "bwd q2500 k77 h4/2 d128 bf16",
-                           "bwd b9 q900 k800 h2 d128 bf16 packed tq3000 tk2800 seqused causal"})
+                           "bwd b9 q900 k800 h2 d128 bf16 packed tq3000 tk2800 seqused causal", "bwd q300 k4200 h8 d64 bf16 causal",
+                           "bwd q260 k4200 h16/8 d128 fp16 causal", "bwd q200 k8300 h2 d256 bf16 causal"})
     for (const char* order : {"", " deterministic"}) EXPECT_TRUE(verify(parse(std::string(line) + order), 7, Layout::kGaps));
 }
 

@@ -160,6 +160,11 @@ struct Claimer {
     return claim < params.lag || claim >= params.claims || all(params.progress[(claim - params.lag) / params.shares].added);
   }
 
+  // Whether what the preprocess kernels do for a unit has been done.
+  __device__ __forceinline__ bool is_ready(int unit) const {
+    return unit < params.ahead || ptx::load_acquire(&params.progress[unit].ready) == 2 * params.group * params.q_tiles;
+  }
+
   // By one thread; of a pair the first claims, and tells the other.
   __device__ __forceinline__ int next_claim(int count) {
     if constexpr (C.pair) {
@@ -177,7 +182,10 @@ struct Claimer {
   }
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
-    ptx::wait_for_previous();  // the preprocess kernel has set the counter to 0
+    if (params.ahead == params.units)
+      ptx::wait_for_previous();
+    else
+      while (!__all_sync(0xffffffff, ptx::load_acquire(&params.counters->begun) != 0)) __nanosleep(20);
 #pragma unroll 1
     for (int count = 0, before = 0;; ++count) {
       BackwardWork& work = shared.work[count % 2];
@@ -188,7 +196,12 @@ struct Claimer {
       shared.work_empty[count % 2].wait(count / 2 % 2 ^ 1);
       const bool any = find_work<C>(params, work, claim);
       if (leader) work.parity = parity;
-      if (any) parity ^= 1;
+      if (any) {
+        parity ^= 1;
+        const int unit = ptx::uniform(work.unit);
+        while (!__all_sync(0xffffffff, is_ready(unit))) __nanosleep(20);
+        ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_global);  // the copy engine reads what they have written
+      }
       shared.work_full[count % 2].arrive();                            // every lane, for what it has written
       if (leader) find_share(params, work.share, claim - params.lag);  // nobody reads it before share_ready
       __syncwarp();
@@ -215,6 +228,7 @@ struct Claimer {
       }
       if (Claims<C>::rank() == 0) shared.claim_next.wait(count % 2);
     }
+    ptx::wait_for_previous();  // so that this kernel does not end before it
   }
 };
 
@@ -332,7 +346,7 @@ struct Turns : Claims<C> {
         for (int m = work().all.begin; m < work().all.end; ++m, parity ^= 1) {
           int* turn = params.turn + tile_index<C>(params, work(), head, m) * C.ctas() + this->rank();
           if (kWatch) {
-            const int mine = turn_of(work().part.band, m, work().n_block, C.block_m, C.block_n());
+            const int mine = turn_of(work().part.band, m, work().n_block, work().run_begin, work().run_end, C.block_m, C.block_n());
             while (ptx::load_acquire(turn) != mine) __nanosleep(20);
             shared.told.wait(parity ^ 1);  // nobody has still to see the turn before, or that its additions have been made
             shared.my_turn.arrive();

@@ -12,7 +12,8 @@ namespace tilewise {
 constexpr int kBlockM = 64;  // queries in a tile of dq and of the rows: the workspace's unit
 constexpr int kRowFloats = 2 * kBlockM;
 constexpr int kAddendBytes = 2 * kBlockM * 16;
-constexpr int kPreprocessThreads = 256, kPostprocessThreads = 128;
+constexpr int kWarpRows = kBlockM / 2;  // that a warp of the preprocess kernels has
+constexpr int kPreprocessThreads = 128, kRestThreads = 1024, kPostprocessThreads = 128;
 
 // All that changes the instructions of the inner loop.
 struct BackwardConfig {
@@ -49,11 +50,13 @@ struct SpoiltKeys {
   SpoiltRows rows[2];
 };
 
-// How far a unit is: CTAs that have added a block of keys to its dq, and CTAs that have written a share of dq.
+// How far a unit is: its half tiles that are preprocessed (of units that are not `ahead`), CTAs that have added a block of keys to its dq,
+// and CTAs that have written a share of dq.
 struct Progress {
-  int added, written;
+  int ready, added, written;
 };
 struct Counters {
+  int begun;   // not 0: what the first units need is there
   int claims;  // so far
   int spoilt;  // not 0: a row of a gradient is not finite
 };
@@ -63,6 +66,13 @@ struct Trimmed {
   Sequence sequence;     // with its first row and length
   Band band;             // of the trimmed sequence
   int q_begin, k_begin;  // rows that were cut off before it
+};
+
+// The order of works. Those of `interleave` units alternate: block 0 of each, then block 1 of each; if not deterministic, from unit `plain`
+// on only, before it unit by unit. Deterministic blocks fall (a block adds to dq behind those that come before it); from unit `plain` on
+// they fall in runs of `run` blocks, and runs rise: all units' first run, then their second one.
+struct UnitOrder {
+  int plain, interleave, run;
 };
 
 struct BackwardParams {
@@ -89,10 +99,11 @@ struct BackwardParams {
   int q_tiles, k_tiles, k_blocks;
   // A work is a block of keys, a unit the query heads of one key/value head (of one sequence, where sequences are not packed): k_blocks
   // works and the sums of group * q_tiles tiles of dq. The CTAs, or pairs of them, claim numbers in rising order: claim w stands for work
-  // w, and for share w - lag of dq, whose sums are mostly complete by then. The works of the first `plain` units come unit by unit, those
-  // of `interleave` units alternate from there on: block 0 of each, then block 1 of each. A unit has as many shares as works, or more where
-  // there are few works. Sums lie in a ring of units: dq of one is written before the next one there adds.
-  int works, units, plain, interleave, shares, lag, claims, ring;
+  // w, and for share w - lag of dq, whose sums are mostly complete by then; unit_block() says in which order works come. A unit has as many
+  // shares as works, or more where there are few works. Sums lie in a ring of units: dq of one is written before the next one there adds.
+  int works, units, shares, lag, claims, ring;
+  UnitOrder order;
+  int ahead;  // units that are preprocessed before any work begins; the others meanwhile, on some SMs
   // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
   // others read first.
   long long tiles, key_tiles;  // of one head in the workspace
@@ -101,7 +112,7 @@ struct BackwardParams {
   float* rows;                 // [head][tile][2][64]: -lse in units of log2, -delta = dlse - rowsum(do * o), in the order of row_place()
   unsigned char* addends;      // [head][step][2][block_m] rows of 8 bfloat16, of which twice the sum of three is -lse / scale, and
                                // -delta; or null, where rows are used
-  float* dsink_sum;            // [head][tile]
+  float* dsink_sum;            // [head][tile][2]
   long long zeros;             // 16 bytes each, from `turn` on: what begins with 0
   int* turn;                   // [head][tile][CTA of a pair]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt_keys;     // [key/value head][tile of keys]
@@ -141,9 +152,11 @@ TW_HD long long first_key_tile(const BackwardParams& p, long long k_row, int bat
   return p.cu_seqlens_k ? k_row / kBlockM + batch : static_cast<long long>(batch) * p.k_tiles;
 }
 
-// What order the blocks of keys add to a step's dq in: falling, as they are claimed.
-TW_HD int turn_of(const Band& band, int m_block, int n_block, int block_m, int block_n) {
-  return kv_blocks(band, m_block * block_m, min_of((m_block + 1) * block_m, band.seqlen_q), block_n).end - 1 - n_block;
+// How many blocks of keys add to a step's dq before block n, which is in the run from run_begin to run_end: those of runs before it, and of
+// its own run those behind it, as they are claimed.
+TW_HD int turn_of(const Band& band, int m_block, int n_block, int run_begin, int run_end, int block_m, int block_n) {
+  const BlockRange seen = kv_blocks(band, m_block * block_m, min_of((m_block + 1) * block_m, band.seqlen_q), block_n);
+  return max_of(run_begin - seen.begin, 0) + min_of(run_end, seen.end) - 1 - n_block;
 }
 
 }  // namespace tilewise

@@ -70,17 +70,24 @@ struct ShareWork {
   bool again;            // another unit will use the sums
 };
 
-// The unit of a work, which is not past the last, and which of the unit's blocks of keys it is, in the order of claims.
+// The unit of a work, which is not past the last, which of the unit's blocks of keys it is, and the run of blocks that fall of which it is
+// one (of the whole unit, where it is the only one).
 struct UnitBlock {
-  int unit, block;
+  int unit, block, run_begin, run_end;
 };
-__device__ __forceinline__ UnitBlock unit_block(const BackwardParams& params, int work) {
-  int index = work - params.plain * params.k_blocks;
-  if (index < 0) return {work / params.k_blocks, work % params.k_blocks};
-  const int first = params.plain + index / (params.interleave * params.k_blocks) * params.interleave;
-  const int units = min_of(params.interleave, params.units - first);
-  index = work - first * params.k_blocks;
-  return {first + index % units, index / units};
+TW_HD UnitBlock unit_block(const UnitOrder& order, int all_units, int k_blocks, bool falling, int work) {
+  // The units before `plain`, or those from there on.
+  const bool plain = work < order.plain * k_blocks;
+  const int first = plain ? 0 : order.plain, units = plain ? order.plain : all_units - order.plain;
+  const int run = plain ? k_blocks : order.run, interleave = plain && !falling ? 1 : order.interleave;
+  // Their runs, then groups of units that alternate, then blocks.
+  int index = work - first * k_blocks;
+  const int begin = index / (run * units) * run, blocks = min_of(run, k_blocks - begin);
+  index -= begin * units;
+  const int group = index / (interleave * blocks) * interleave, alternate = min_of(interleave, units - group);
+  index -= group * blocks;
+  const int block = index / alternate;
+  return {first + group + index % alternate, begin + (falling ? blocks - 1 - block : block), begin, begin + blocks};
 }
 
 // What a CTA, or a pair, does for a claim. Written by one warp, read by all.
@@ -91,6 +98,7 @@ struct BackwardWork {
   int claim, unit;
   int batch, head;              // of keys and values
   int n_block, n_begin;         // of the trimmed sequence
+  int run_begin, run_end;       // deterministic: the run of n_block
   int first_sum;                // tile of the ring of sums
   uint32_t parity;              // of the phases of K and V, which are loaded once for each work that has steps
   BlockRange all, mine[kMost];  // steps of queries that see the block, and each 64 keys of it
@@ -118,7 +126,7 @@ __device__ __forceinline__ float* sum_of(const BackwardParams& params, const Bac
 }
 
 // Finds what to do for a claim, by one warp. Each value is written by one lane. True: there are steps. Long blocks come first under a
-// causal mask; where the order of additions to dq matters, blocks come falling, so that whoever is waited for has begun before.
+// causal mask; where the order of additions to dq matters, whoever is waited for has been claimed before.
 template <BackwardConfig C>
 __device__ __forceinline__ bool find_work(const BackwardParams& params, BackwardWork& work, int claim) {
   static_assert(C.key_tiles() <= BackwardWork::kMost);
@@ -128,14 +136,19 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
   if (claim < params.works) {
     const bool packed = params.cu_seqlens_k != nullptr;
     const int heads = params.num_heads / params.group;
-    const auto [unit, block] = unit_block(params, claim);
-    Place place = {unit / heads, block, params.k_blocks};
-    if (packed) place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), block);
+    UnitBlock at = unit_block(params.order, params.units, params.k_blocks, params.deterministic && !packed, claim);
+    const int unit = at.unit;
+    Place place = {unit / heads, at.block, params.k_blocks};
+    if (packed) {
+      place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), at.block);
+      if (params.deterministic) place.block = place.blocks - 1 - place.block;
+      at.run_begin = 0;
+      at.run_end = place.blocks;
+    }
     if (lane == 0) work.unit = unit;
     if (place.batch < 0) {
       if (lane == 0) work.part.band.seqlen_k = 0;
     } else {
-      if (params.deterministic) place.block = place.blocks - 1 - place.block;
       n_begin = place.block * C.block_n();
       if (lane == 0) work.part = trimmed_sequence(params, place.batch);
       __syncwarp();
@@ -150,6 +163,8 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
         work.batch = place.batch;
         work.head = packed ? unit : unit % heads;
         work.n_block = place.block;
+        work.run_begin = at.run_begin;
+        work.run_end = at.run_end;
       }
     }
   }

@@ -43,118 +43,144 @@ __device__ __forceinline__ uint4 split(float x) {
   return make_uint4(high | middle << 16, ptx::pack<kElement>(x, 0), 0, 0);
 }
 
-// What the backward kernel needs of a row of a tile, by the first two of eight lanes.
-__device__ __forceinline__ void write_row(const BackwardParams& p, long long tile, int row, float lse, float delta, int lane) {
-  if (lane > 1) return;
-  const float x = lane == 0 ? lse : delta;
+// What the backward kernel needs of row `row` of the workspace: -lse in units of log2, and -delta.
+__device__ __forceinline__ void write_row(const BackwardParams& p, long long row, float lse, float delta) {
   if (p.addends) {
-    const int tiles = p.block_m / kBlockM, inside = static_cast<int>(tile) & (tiles - 1);  // of a step, which has one or two
-    uint4* addends = reinterpret_cast<uint4*>(p.addends + (tile - inside) * kAddendBytes) + inside * kBlockM;
-    addends[lane * tiles * kBlockM + row] = split(lane == 0 ? x / (2 * p.scale_log2) : x / 2);
+    const int inside = static_cast<int>(row) & (p.block_m - 1);  // of a step
+    uint4* addends = reinterpret_cast<uint4*>(p.addends) + 2 * row - inside;
+    addends[0] = split(lse / (2 * p.scale_log2));
+    addends[p.block_m] = split(delta / 2);
   } else {
-    p.rows[tile * kRowFloats + lane * kBlockM + row_place(row)] = x;
+    const int inside = static_cast<int>(row) & (kBlockM - 1);
+    float* rows = p.rows + 2 * (row - inside) + row_place(inside);
+    rows[0] = lse;
+    rows[kBlockM] = delta;
   }
 }
 
-// Zeros in rows of dk and dv that take no part, of a tile.
+// Zeros in rows of a gradient from `begin` to `end` that are not among those from first to last, by one warp.
+__device__ __forceinline__ void clear_rows(const Elements& to, bool packed, int batch, long long row, int head, int columns, int begin,
+                                           int end, int first, int last) {
+  const int units = columns / 8;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < (end - begin) * units; i += 32) {
+    const int at = begin + i / units;
+    if (at >= first && at < last) continue;
+    *reinterpret_cast<uint4*>(row_of(to, packed, batch, row + at, head) + i % units * 8) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Zeros in rows of dk and dv that take no part, of a tile. By one warp.
 __device__ __forceinline__ void clear_keys(const BackwardParams& p, int index) {
   const RowTile at = find_key_tile(p, index);
   if (at.batch < 0) return;
   const Sequence whole = whole_sequence(p, at.batch);
   const Trimmed part = trimmed_sequence(p, at.batch);
-  const int first = at.tile * kBlockM, end = min_of(first + kBlockM, whole.seqlen_k), units = max_of(p.head_dim, p.head_dim_v) / 8;
-  if (first >= part.k_begin && end <= part.k_begin + part.sequence.seqlen_k) return;
+  const int begin = at.tile * kBlockM, end = min_of(begin + kBlockM, whole.seqlen_k), last = part.k_begin + part.sequence.seqlen_k;
+  if (begin >= part.k_begin && end <= last) return;
   const bool packed = p.cu_seqlens_k != nullptr;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < (end - first) * units; i += kPreprocessThreads) {
-    const int row = first + i / units, column = i % units * 8;
-    if (row >= part.k_begin && row < part.k_begin + part.sequence.seqlen_k) continue;
-    const auto clear = [&](const Elements& to, int columns) {
-      if (column < columns)
-        *reinterpret_cast<uint4*>(row_of(to, packed, at.batch, whole.k_row + row, at.head) + column) = make_uint4(0, 0, 0, 0);
-    };
-    clear(p.dk, p.head_dim);
-    clear(p.dv, p.head_dim_v);
-  }
+  clear_rows(p.dk, packed, at.batch, whole.k_row, at.head, p.head_dim, begin, end, part.k_begin, last);
+  clear_rows(p.dv, packed, at.batch, whole.k_row, at.head, p.head_dim_v, begin, end, part.k_begin, last);
 }
 
-// CTAs on an SM at a time, of which registers hold the loads. At 64 columns six are faster than four, though seven registers are spilled.
-constexpr int preprocess_ctas(int columns) { return columns <= 64 ? 6 : columns <= 128 ? 3 : 2; }
-// A CTA has one tile of rows, the last one first: what the next kernel begins with is then still in L2. Eight threads have a row, in two
-// passes; all their loads are issued before anything else is done. head_dim_v is at most kColumns.
-template <ptx::Element kElement, int kColumns>
-__global__ void __launch_bounds__(kPreprocessThreads, preprocess_ctas(kColumns))
-    backward_preprocess(const __grid_constant__ BackwardParams p) {
-  ptx::launch_dependents();
-  constexpr int kPassRows = kPreprocessThreads / 8, kPasses = kBlockM / kPassRows, kRuns = (kColumns + 63) / 64;
-  const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), thread = static_cast<int>(threadIdx.x), lane = thread % 8;
-  const RowTile at = find_tile(p, index);
+// Half a tile of rows by one warp, and zeros in its sums of dq. Four rows are read at a time, by eight lanes each, and as many times
+// together as kRegisters hold. One of the eight lanes keeps the row's delta, so that each has one in the end. head_dim_v is at most
+// kColumns.
+template <ptx::Element kElement, int kColumns, int kRegisters>
+__device__ __forceinline__ void preprocess_rows(const BackwardParams& p, int index) {
+  constexpr int kRuns = (kColumns + 63) / 64, kAtOnce = kRegisters / (8 * kRuns);
+  const int thread = static_cast<int>(threadIdx.x) % 32, lane = thread % 8, group = thread / 8;
+  if (index / 2 < p.ring * p.group * p.q_tiles) {
+    const int fours = kWarpRows * p.sum_columns / 4;
+    float4* sum = reinterpret_cast<float4*>(p.dq_sum) + static_cast<long long>(index) * fours;
+#pragma unroll 4
+    for (int i = thread; i < fours; i += 32) sum[i] = make_float4(0, 0, 0, 0);
+  }
+  const RowTile at = find_tile(p, index / 2);
+  if (at.batch < 0) return;
   const bool packed = p.cu_seqlens_q != nullptr;
-  Sequence whole{};
-  uint4 o[kPasses][kRuns], grad[kPasses][kRuns];
-  float lse[kPasses], dlse[kPasses];
-  if (at.batch >= 0) {
-    whole = whole_sequence(p, at.batch);
+  const Sequence whole = whole_sequence(p, at.batch);
+  const int begin = at.tile * kBlockM + index % 2 * kWarpRows, left = whole.seqlen_q - begin;  // rows from here on
+  const int mine = 4 * lane + group;
+  const long long mine_row = whole.q_row + begin + mine;
+  const float lse = mine < left ? p.lse[(packed ? 0 : at.batch * p.lse_batch) + at.head * p.lse_head + mine_row] : 0;
+  const float dlse = mine < left && p.dlse ? p.dlse[(packed ? 0 : at.batch * p.dlse_batch) + at.head * p.dlse_head + mine_row] : 0;
+  const uint16_t* o = row_of(p.o, packed, at.batch, whole.q_row + begin + group, at.head) + lane * 8;
+  const uint16_t* grad = row_of(p.do_, packed, at.batch, whole.q_row + begin + group, at.head) + lane * 8;
+  const long long o_step = 4 * p.o.row, grad_step = 4 * p.do_.row;
+  float delta = 0;
+#pragma unroll 1
+  for (int i = 0; i < kWarpRows / 4; i += kAtOnce) {
+    uint4 x[kAtOnce][kRuns], y[kAtOnce][kRuns];
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = at.tile * kBlockM + pass * kPassRows + thread / 8;
-      const bool inside = row < whole.seqlen_q;
-      const uint16_t* o_row = row_of(p.o, packed, at.batch, whole.q_row + row, at.head) + lane * 8;
-      const uint16_t* grad_row = row_of(p.do_, packed, at.batch, whole.q_row + row, at.head) + lane * 8;
+    for (int j = 0; j < kAtOnce; ++j, o += o_step, grad += grad_step)
 #pragma unroll
       for (int run = 0; run < kRuns; ++run) {
-        const bool there = inside && run * 64 + lane * 8 < p.head_dim_v;
-        o[pass][run] = there ? __ldcs(reinterpret_cast<const uint4*>(o_row + run * 64)) : make_uint4(0, 0, 0, 0);
-        grad[pass][run] = there ? *reinterpret_cast<const uint4*>(grad_row + run * 64) : make_uint4(0, 0, 0, 0);
+        const bool there = 4 * (i + j) + group < left && run * 64 + lane * 8 < p.head_dim_v;
+        x[j][run] = there ? __ldcs(reinterpret_cast<const uint4*>(o + run * 64)) : make_uint4(0, 0, 0, 0);
+        y[j][run] = there ? *reinterpret_cast<const uint4*>(grad + run * 64) : make_uint4(0, 0, 0, 0);
       }
-      lse[pass] = inside ? p.lse[(packed ? 0 : at.batch * p.lse_batch) + at.head * p.lse_head + whole.q_row + row] : 0;
-      dlse[pass] = inside && p.dlse ? p.dlse[(packed ? 0 : at.batch * p.dlse_batch) + at.head * p.dlse_head + whole.q_row + row] : 0;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      float sum = 0;
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) sum += tile::dot<kElement>(x[j][run], y[j][run]);
+#pragma unroll
+      for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
+      if (lane == i + j) delta = sum;
     }
   }
-
-  const long long threads = static_cast<long long>(gridDim.x) * kPreprocessThreads;
-  for (long long i = static_cast<long long>(index) * kPreprocessThreads + thread; i < p.zeros; i += threads)
-    reinterpret_cast<uint4*>(p.turn)[i] = make_uint4(0, 0, 0, 0);
-  if (index < p.ring * p.group * p.q_tiles) {
-    float4* sum = reinterpret_cast<float4*>(p.dq_sum + static_cast<long long>(index) * (kBlockM * p.sum_columns));
-    for (int i = thread; i < kBlockM * p.sum_columns / 4; i += kPreprocessThreads) sum[i] = make_float4(0, 0, 0, 0);
-  }
-  const bool all_keys = p.alike && p.part.sequence.seqlen_k == p.seqlen_k;
-  if (!all_keys && !p.accumulate) clear_keys(p, index);
-  if (at.batch < 0) return;
+  delta -= dlse;
   const Trimmed part = trimmed_sequence(p, at.batch);
-  const long long tiles = at.head * p.tiles + first_tile(p, whole.q_row, at.batch);
-  float dsink = 0;
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = at.tile * kBlockM + pass * kPassRows + thread / 8;
-    if (row >= part.sequence.seqlen_q) write_row(p, tiles + at.tile, row % kBlockM, -INFINITY, 0, lane);  // past the end: p = 0
-    float delta = 0;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) delta += tile::dot<kElement>(o[pass][run], grad[pass][run]);
-#pragma unroll
-    for (int distance = 1; distance < 8; distance *= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
-    if (row >= whole.seqlen_q) continue;
-    const int r = row - part.q_begin;  // of those that take part
-    const bool takes_part = r >= 0 && r < part.sequence.seqlen_q;
-    if (!takes_part && !p.accumulate)
-      for (int column = lane * 8; column < p.head_dim; column += 64)
-        *reinterpret_cast<uint4*>(row_of(p.dq, packed, at.batch, whole.q_row + row, at.head) + column) = make_uint4(0, 0, 0, 0);
-    delta -= dlse[pass];
-    if (p.dsink && lane == 0 && p.sink[at.head] != -INFINITY) dsink -= ptx::exp2((p.sink[at.head] - lse[pass]) * kLog2e) * delta;
-    const bool sees = lse[pass] != -INFINITY;  // a row whose scores are all -inf gives and takes nothing
-    if (takes_part) write_row(p, tiles + r / kBlockM, r % kBlockM, sees ? -lse[pass] * kLog2e : -INFINITY, sees ? -delta : 0, lane);
-  }
+  const int q_begin = part.q_begin, seqlen = part.sequence.seqlen_q, row = begin + mine, r = row - q_begin;
+  const long long tile = at.head * p.tiles + first_tile(p, whole.q_row, at.batch);  // the sequence's first, in the workspace
+  const bool sees = lse != -INFINITY;  // a row whose scores are all -inf gives and takes nothing
+  if (r >= 0 && r < seqlen) write_row(p, tile * kBlockM + r, sees ? -lse * kLog2e : -INFINITY, sees ? -delta : 0);
+  if (row >= seqlen) write_row(p, tile * kBlockM + row, -INFINITY, 0);  // past the end of those that take part: p = 0
+  const int end = begin + min_of(kWarpRows, left);
+  if (!p.accumulate && (begin < q_begin || end > q_begin + seqlen))
+    clear_rows(p.dq, packed, at.batch, whole.q_row, at.head, p.head_dim, begin, end, q_begin, q_begin + seqlen);
   if (!p.dsink) return;
-  __shared__ float warps[kPreprocessThreads / 32];
+  const float sink = p.sink[at.head];
+  float dsink = mine < left && sink != -INFINITY ? -ptx::exp2((sink - lse) * kLog2e) * delta : 0;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) dsink += __shfl_xor_sync(0xffffffff, dsink, distance);
-  if (thread % 32 == 0) warps[thread / 32] = dsink;
-  __syncthreads();
-  if (thread != 0) return;
-  dsink = 0;
-  for (const float warp : warps) dsink += warp;
-  p.dsink_sum[tiles + at.tile] = dsink;
+  if (thread == 0) p.dsink_sum[(tile + at.tile) * 2 + index % 2] = dsink;
+}
+
+// The rows of the first units, the last ones first: what the next kernel begins with is then still in L2. Zeros in counters, and in rows of
+// dk and dv that take no part.
+template <ptx::Element kElement, int kColumns>
+__global__ void __launch_bounds__(kPreprocessThreads, 4) backward_preprocess(const __grid_constant__ BackwardParams p) {
+  ptx::launch_dependents();
+  constexpr int kWarps = kPreprocessThreads / 32;
+  const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), warps = static_cast<int>(gridDim.x) * kWarps;
+  const int warp = index * kWarps + static_cast<int>(threadIdx.x) / 32;
+  const long long threads = static_cast<long long>(gridDim.x) * kPreprocessThreads;
+  for (long long i = static_cast<long long>(index) * kPreprocessThreads + threadIdx.x; i < p.zeros; i += threads)
+    reinterpret_cast<uint4*>(p.turn)[i] = make_uint4(0, 0, 0, 0);
+  if (warp / 2 < (p.ahead < p.units ? p.ahead * p.group * p.q_tiles : p.num_heads * p.tiles))
+    preprocess_rows<kElement, kColumns, 64>(p, warp);
+  const bool all_keys = p.alike && p.part.sequence.seqlen_k == p.seqlen_k;
+  if (all_keys || p.accumulate) return;
+  for (long long i = warp; i < p.num_heads / p.group * p.key_tiles; i += warps) clear_keys(p, static_cast<int>(i));
+}
+
+// The rows of all other units, by CTAs that have an SM each, while the other SMs begin with the works of the first ones: those wait for
+// this kernel unit by unit, and begin when all of its CTAs run.
+template <ptx::Element kElement, int kColumns>
+__global__ void __launch_bounds__(kRestThreads, 1) backward_preprocess_rest(const __grid_constant__ BackwardParams p) {
+  ptx::wait_for_previous();
+  if (blockIdx.x == 0 && threadIdx.x == 0) ptx::add_release(&p.counters->begun, 1);
+  ptx::launch_dependents();
+  const long long unit = 2 * p.group * p.q_tiles;  // its halves of tiles
+#pragma unroll 1
+  for (long long i = p.ahead * unit + threadIdx.x / 32 * gridDim.x + blockIdx.x; i < 2 * p.num_heads * p.tiles;
+       i += gridDim.x * (kRestThreads / 32)) {
+    preprocess_rows<kElement, kColumns, 32>(p, static_cast<int>(i));
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::add_release(&p.progress[i / unit].ready, 1);
+  }
 }
 
 // dsink of a head: its tiles' sums in a fixed order. By 128 threads.
@@ -163,8 +189,8 @@ __device__ __forceinline__ void write_dsink(const BackwardParams& p, int head) {
   double sum = 0;
   for (int b = 0; b < p.batch; ++b) {
     const Sequence whole = whole_sequence(p, b);
-    const float* sums = p.dsink_sum + head * p.tiles + first_tile(p, whole.q_row, b);
-    for (int i = thread; i < ceil_div(whole.seqlen_q, kBlockM); i += 128) sum += static_cast<double>(sums[i]);
+    const float* sums = p.dsink_sum + (head * p.tiles + first_tile(p, whole.q_row, b)) * 2;
+    for (int i = thread; i < ceil_div(whole.seqlen_q, kWarpRows); i += 128) sum += static_cast<double>(sums[i]);
   }
   __shared__ double warps[4];
 #pragma unroll
