@@ -1,4 +1,4 @@
-// The backward rows of the table: what each accepts, its workspace, and the three launches of a run, which overlap.
+// The backward rows of the table: what each accepts, its workspace, and the launches of a run, which overlap.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -69,28 +69,28 @@ struct Counts {
     plain = at_end ? units - interleave : 0;
     run = k_blocks;
     together = interleave;
-    if (falls_in_runs(p, c)) {
-      const int64_t nominal = kNominalSms / c.ctas();
-      together = std::clamp<int64_t>(ceil_div(8 * nominal, k_blocks), interleave, units);
-      plain = units - together;
-      run = std::max<int64_t>(3 * nominal / 4 / together, 1);
-    }
+    fall_in_runs(p, c);
     const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
     lag = rounds ? std::min(together * k_blocks + after, works) : works;
     claims = lag + units * shares;
     ring = rounds ? std::min(units, 2 * together + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
+    // An eighth of the SMs (measured), if each of their 32 warps has two tiles or more.
     rest_ctas = std::max(device.units / 8, 1);
     ahead = rounds ? first_units(p, sms) : units;
     if ((units - ahead) * q_tiles * (p.num_heads_q / p.num_heads_kv) < 64 * rest_ctas) ahead = units;
   }
-  // Deterministic blocks fall, so under a causal mask a unit's longest ones come last. Where the last units would have many to wait for,
-  // they fall in runs there, and those of longer blocks come first: as many units as have eight works for each SM, and a run of them all
-  // has a work for three quarters of the SMs (measured). The order of additions follows from it and must not depend on how many SMs there
-  // are.
-  static constexpr int kNominalSms = 128;
-  bool falls_in_runs(const Problem& p, const BackwardConfig& c) const {
-    return p.deterministic && !p.packed && p.window_left < 0 && p.window_right >= 0 && k_blocks >= 32 * c.ctas() &&
-           works > 2 * kNominalSms / c.ctas();
+  // Deterministic blocks fall, so under a causal mask a unit's longest ones come last. Where many would have to wait for those of the last
+  // units, these fall in runs, and runs of longer blocks come first: as many units as have eight works for each SM, and a run of all of
+  // them has a work for three quarters of the SMs (measured, and that fewer than 32 blocks, of pairs 64, lose by it). The order of
+  // additions follows from it and must not depend on how many SMs there are.
+  void fall_in_runs(const Problem& p, const BackwardConfig& c) {
+    const int64_t nominal_sms = 128 / c.ctas();
+    if (!p.deterministic || p.packed || p.window_left >= 0 || p.window_right < 0) return;
+    if (k_blocks < 32 * c.ctas() || works <= 2 * nominal_sms) return;
+    together = std::min(ceil_div(8 * nominal_sms, k_blocks), units);
+    interleave = std::min(interleave, together);
+    plain = units - together;
+    run = std::max<int64_t>(3 * nominal_sms / 4 / together, 1);
   }
   // Units that the first works are of, one for each SM; all, if that is not sure.
   int64_t first_units(const Problem& p, int64_t sms) const {
@@ -280,9 +280,11 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   Chain chain(stream);
   const int64_t tiles = std::max(counts.all_tiles, counts.all_key_tiles);
   const bool rest = counts.ahead < counts.units;
-  const int64_t first = rest ? counts.ahead * r.group * counts.q_tiles : tiles;
-  chain.launch(row.preprocess, std::max<int64_t>(ceil_div<int64_t>(2 * first, kPreprocessThreads / 32), 1), kPreprocessThreads, 0,
-               arguments);
+  // The first rows may be few, what is set to 0 is not: four CTAs for an SM at least.
+  constexpr int kCtaTiles = kPreprocessThreads / 64;
+  const int64_t first =
+      rest ? std::max(counts.ahead * r.group * counts.q_tiles, std::min<int64_t>(tiles, 4 * kCtaTiles * device.units)) : tiles;
+  chain.launch(row.preprocess, std::max<int64_t>(ceil_div<int64_t>(first, kCtaTiles), 1), kPreprocessThreads, 0, arguments);
   if (rest) chain.launch(row.rest, counts.rest_ctas, kRestThreads, 0, arguments);
   const int64_t claimers = counts.works > 0 ? std::min<int64_t>(counts.claims, device.units / c.ctas()) : 0;
   chain.launch(row.function, c.ctas() * claimers, c.threads(), row.shared_bytes, arguments, c.ctas());

@@ -95,7 +95,8 @@ TEST_F(Problems, OnTwoSms) {
     for (const char* rest : {"q256 k192 h4/2 d%s bf16 causal", "b3 q500 k300 h2 d%s fp16 causal", "b2 q300 k700 h2 d%s bf16 window=40,0",
                              "b2 q700 k300 h2 d%s bf16 window=0,150", "b3 q400 k520 h2 d%s bf16 seqused", "q330 h3 d%s bf16 window=70,-1",
                              "b6 q400 k500 h2 d%s bf16 packed tq1500 tk1800 causal", "b2 q300 k500 h2 d%s bf16 causal softcap=20 sink",
-                             "bwd b5 q350 k270 h8/4 d%s bf16 causal sink", "bwd b7 q300 h10/5 d%s fp16 packed tq1100 tk1000 seqused"}) {
+                             "bwd b5 q350 k270 h8/4 d%s bf16 causal sink", "bwd b7 q300 h10/5 d%s fp16 packed tq1100 tk1000 seqused",
+                             "bwd b40 q200 k3 h12/4 d%s bf16 seqused"}) {
       std::string line = rest;
       line.replace(line.find("%s"), 2, dims);
       EXPECT_TRUE(verify(parse(line), 1, Layout::kBshd)) << line;

@@ -98,7 +98,7 @@ struct BackwardShared {
   }
 };
 
-// Bytes to launch with: behind the last addends there is memory, because memcheck presumably takes each 8 columns of them for 16.
+// Bytes to launch with: behind the last addends there is memory, because memcheck takes each 8 columns of them for 16.
 template <BackwardConfig C>
 constexpr size_t kSharedBytes = sizeof(BackwardShared<C>) + (C.addends ? C.tiles() * kAddendBytes : 0);
 
@@ -196,8 +196,9 @@ struct Claimer {
       shared.work_empty[count % 2].wait(count / 2 % 2 ^ 1);
       const bool any = find_work<C>(params, work, claim);
       if (leader) work.parity = parity;
-      if (any) {
-        parity ^= 1;
+      if (any) parity ^= 1;
+      // Works without steps wait too: what they are counted for lets the ring's next unit add, and its sums must be 0 by then.
+      if (claim < params.works) {
         const int unit = ptx::uniform(work.unit);
         while (!__all_sync(0xffffffff, is_ready(unit))) __nanosleep(20);
         ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_global);  // the copy engine reads what they have written

@@ -75,6 +75,26 @@ struct UnitOrder {
   int plain, interleave, run;
 };
 
+// The unit of a work, which is not past the last, which of the unit's blocks of keys it is, and the run of blocks that fall of which it is
+// one (of the whole unit, where it is the only one).
+struct UnitBlock {
+  int unit, block, run_begin, run_end;
+};
+TW_HD UnitBlock unit_block(const UnitOrder& order, int all_units, int k_blocks, bool falling, int work) {
+  // The units before `plain`, or those from there on.
+  const bool plain = work < order.plain * k_blocks;
+  const int first = plain ? 0 : order.plain, units = plain ? order.plain : all_units - order.plain;
+  const int run = plain ? k_blocks : order.run, interleave = plain && !falling ? 1 : order.interleave;
+  // Their runs, then groups of units that alternate, then blocks.
+  int index = work - first * k_blocks;
+  const int begin = index / (run * units) * run, blocks = min_of(run, k_blocks - begin);
+  index -= begin * units;
+  const int group = index / (interleave * blocks) * interleave, alternate = min_of(interleave, units - group);
+  index -= group * blocks;
+  const int block = index / alternate;
+  return {first + group + index % alternate, begin + (falling ? blocks - 1 - block : block), begin, begin + blocks};
+}
+
 struct BackwardParams {
   CUtensorMap q_map, k_map, v_map, do_map;  // boxes of a step's queries, of 64 keys
   Elements q, k, v, o, do_, dq, dk, dv;

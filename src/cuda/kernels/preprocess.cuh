@@ -89,6 +89,7 @@ __device__ __forceinline__ void clear_keys(const BackwardParams& p, int index) {
 template <ptx::Element kElement, int kColumns, int kRegisters>
 __device__ __forceinline__ void preprocess_rows(const BackwardParams& p, int index) {
   constexpr int kRuns = (kColumns + 63) / 64, kAtOnce = kRegisters / (8 * kRuns);
+  static_assert(kWarpRows / 4 % kAtOnce == 0);
   const int thread = static_cast<int>(threadIdx.x) % 32, lane = thread % 8, group = thread / 8;
   if (index / 2 < p.ring * p.group * p.q_tiles) {
     const int fours = kWarpRows * p.sum_columns / 4;
@@ -149,13 +150,12 @@ __device__ __forceinline__ void preprocess_rows(const BackwardParams& p, int ind
 }
 
 // The rows of the first units, the last ones first: what the next kernel begins with is then still in L2. Zeros in counters, and in rows of
-// dk and dv that take no part.
+// dk and dv that take no part. Four CTAs on an SM have 64 registers for loads; in the next kernel, of 1,024 threads, there are 32.
 template <ptx::Element kElement, int kColumns>
 __global__ void __launch_bounds__(kPreprocessThreads, 4) backward_preprocess(const __grid_constant__ BackwardParams p) {
   ptx::launch_dependents();
   constexpr int kWarps = kPreprocessThreads / 32;
-  const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), warps = static_cast<int>(gridDim.x) * kWarps;
-  const int warp = index * kWarps + static_cast<int>(threadIdx.x) / 32;
+  const int index = static_cast<int>(gridDim.x - 1 - blockIdx.x), warp = index * kWarps + static_cast<int>(threadIdx.x) / 32;
   const long long threads = static_cast<long long>(gridDim.x) * kPreprocessThreads;
   for (long long i = static_cast<long long>(index) * kPreprocessThreads + threadIdx.x; i < p.zeros; i += threads)
     reinterpret_cast<uint4*>(p.turn)[i] = make_uint4(0, 0, 0, 0);
@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(kPreprocessThreads, 4) backward_preprocess(con
     preprocess_rows<kElement, kColumns, 64>(p, warp);
   const bool all_keys = p.alike && p.part.sequence.seqlen_k == p.seqlen_k;
   if (all_keys || p.accumulate) return;
-  for (long long i = warp; i < p.num_heads / p.group * p.key_tiles; i += warps) clear_keys(p, static_cast<int>(i));
+  for (long long i = warp; i < p.num_heads / p.group * p.key_tiles; i += static_cast<long long>(gridDim.x) * kWarps)
+    clear_keys(p, static_cast<int>(i));
 }
 
 // The rows of all other units, by CTAs that have an SM each, while the other SMs begin with the works of the first ones: those wait for
