@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Race Tilewise's GPU kernels against cuDNN and FlashAttention-2, which both come with PyTorch, and FlashAttention-4 where it is installed.
+"""Race Tilewise's GPU kernels against cuDNN and FlashAttention-2, which both come with PyTorch, and FlashAttention-3 and -4 where they are
+installed.
 
 Usage: compare_gpu.py --library libtilewise.so [--out results.json] [--cases text] [--repetitions 20]
 
 The contenders of a case take turns call by call, each behind each other one equally often, so that they share one thermal and power state.
 L2 is flushed before every call, a spinning kernel keeps host time out of the figure, and figures are medians: TFLOP/s of visible pairs. Every
 first result is compared with the other contenders'; where they differ, or Tilewise fails, the race ends. Peers that are not installed here
-enter by their ratio to cuDNN (FlashAttention-2 where it is not raced) or to FlashAttention-4, whichever makes them faster; the ratios were
+enter by their ratio to cuDNN (FlashAttention-2 where it is not raced) or to another that is, whichever makes them faster; the ratios were
 measured once on an H200 with all of them in one run: bench/results/nvidia-h200-peers.json. Where the first one's figure is 10 % from what it
 was then, the case is measured once more.
 """
@@ -127,6 +128,40 @@ class FlashAttention2(Sdpa):
         return self.op(q, k, v, causal, None, cu, longest)
 
 
+class FlashAttention3:
+    """The operators that the package flash_attn_3 registers, or xformers up to 0.0.34, whose package has them too."""
+
+    name = "fa3"
+
+    def __init__(self, operators):
+        self.operators = operators
+
+    def forward(self, q, k, v, causal, window):
+        return lambda: self.call(q, k, v, causal, window)[0]
+
+    def packed(self, q, k, v, cu, longest, causal):
+        return lambda: self.call(q, k, v, causal, None, cu, longest)[0]
+
+    def call(self, q, k, v, causal, window=None, cu=None, longest=None):
+        """o and lse."""
+        return self.operators.fwd(q, k, v, **self.options(q, causal, window, cu, longest), num_splits=1)[:2]
+
+    def gradients(self, q, k, v, do, causal, window=None, cu=None, longest=None, deterministic=False):
+        """A function that computes dq, dk and dv."""
+        o, lse = self.call(q, k, v, causal, window, cu, longest)
+        options = self.options(q, causal, window, cu, longest)
+        return lambda: self.operators.bwd(do, q, k, v, o, lse, **options, deterministic=deterministic)[:3]
+
+    @staticmethod
+    def options(q, causal, window, cu, longest):
+        options = dict(softmax_scale=q.shape[-1] ** -0.5, is_causal=causal and not window)
+        if window:
+            options |= dict(window_size_left=window - 1, window_size_right=0)
+        if cu is not None:
+            options |= dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+        return options
+
+
 class FlashAttention4:
     """Of the package flash-attn-4, which compiles each kernel when it is first called: tens of seconds."""
 
@@ -143,15 +178,30 @@ class FlashAttention4:
         return lambda: self.package._flash_attn_fwd(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal)[0]
 
 
+def module_of(*names):
+    """The first of these modules that is installed, or None."""
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+
+
+def flash_attention_3():
+    return FlashAttention3(torch.ops.flash_attn_3) if module_of("flash_attn_3._C", "xformers.flash_attn_3._C") else None
+
+
 def flash_attention_4():
     """Its module, or None."""
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("flash_attn.cute.interface")
+    return module_of("flash_attn.cute.interface")
 
 
-def fa4_version():
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("flash-attn-4")
+def versions():
+    """Of what is raced here, as results say it."""
+    found = dict(torch=torch.__version__, cudnn=torch.backends.cudnn.version())
+    for name, there, packages in [("fa3", flash_attention_3(), ["flash_attn_3", "xformers"]), ("fa4", flash_attention_4(), ["flash-attn-4"])]:
+        for package in packages if there else []:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.setdefault(name, f"{package} {importlib.metadata.version(package)}")
+    return found
 
 
 def empty_l2(flush):
@@ -220,11 +270,11 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     contenders = [Tilewise(args.library), Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION), FlashAttention2("fa2", SDPBackend.FLASH_ATTENTION)]
-    if package := flash_attention_4():
-        contenders.append(FlashAttention4(package))
+    contenders += [fa3] if (fa3 := flash_attention_3()) else []
+    contenders += [FlashAttention4(package)] if (package := flash_attention_4()) else []
     table = json.loads((pathlib.Path(__file__).parent / "results/nvidia-h200-peers.json").read_text())["forward"]
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), fa4=fa4_version(), unit="TFLOP/s of visible pairs, medians", rows=[])
+    result = dict(device=torch.cuda.get_device_name(), **versions(), unit="TFLOP/s of visible pairs, medians", rows=[])
 
     def race(kind, case, flops, method, *inputs):
         if args.cases not in case:
@@ -249,7 +299,7 @@ def main():
                 raise RuntimeError(f"{kind} {case}: outputs differ by up to {difference.max().item()}")
             row["difference"] = max(row.get("difference", 0), difference.max().item())
         del outputs
-        bases = ("cudnn" if "cudnn" in calls else "fa2", "fa4")
+        bases = ("cudnn" if "cudnn" in calls else "fa2", "fa3", "fa4")
         by_ratio = race_peers(row, calls, flush, args.repetitions, flops, table.get(f"{kind} {case}", {}), bases)
         live = [row[contender.name] for contender in contenders[1:] if contender.name in calls] + by_ratio
         if live:

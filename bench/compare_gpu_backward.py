@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Race Tilewise's backward pass on a GPU against cuDNN, FlashAttention-2 and FlashAttention-4, as compare_gpu.py does forward.
+"""Race Tilewise's backward pass on a GPU against cuDNN, FlashAttention-2, -3 and -4, as compare_gpu.py does forward.
 
 Usage: compare_gpu_backward.py [NAME=]libtilewise.so... [--out results.json] [--cases text,text] [--repetitions 12]
 
 Several libraries are variants of one another; the first is the one whose ratio counts. Contenders take turns call by call, L2 is flushed,
 host time is hidden, figures are medians. Peers that are not installed enter by their ratio to cuDNN (FlashAttention-2 where it is not raced,
-without its flag where ours has it) or to FlashAttention-4, whichever makes them faster. `error` is each gradient's largest difference from a
+without its flag where ours has it) or to another that is, whichever makes them faster. `error` is each gradient's largest difference from a
 peer's, relative to the peer's largest value: dq/dk/dv; where it is large, or Tilewise fails, the race ends.
 """
 import argparse
@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:
     sys.exit(f"{__doc__}\nNeeds PyTorch: pip install torch")
 import results
-from compare_gpu import DTYPES, Arguments, Tilewise, fa4_version, flash_attention_4, race_peers, summary
+from compare_gpu import DTYPES, Arguments, Tilewise, flash_attention_3, flash_attention_4, race_peers, summary, versions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -78,7 +78,7 @@ def fa2(q, k, v, do, causal, left=None, cu=None, longest=None):
     return lambda: torch.ops.aten._flash_attention_backward(do, q, k, v, r[0], r[1], *shape, r[2], r[3], **edge)
 
 
-FA4 = flash_attention_4()
+FA3, FA4 = flash_attention_3(), flash_attention_4()
 
 
 def fa4(q, k, v, do, causal, left=None, cu=None, longest=None, **flags):
@@ -89,8 +89,10 @@ def fa4(q, k, v, do, causal, left=None, cu=None, longest=None, **flags):
     return lambda: FA4._flash_attn_bwd(q, k, v, o, do, lse, **edge, **flags)[:3]
 
 
-def and_fa4(*inputs, **flags):
-    return dict(fa4=lambda: fa4(*inputs, **flags)) if FA4 else {}
+def and_newer(q, k, v, do, causal, left=None, *packed, **flags):
+    """FlashAttention-3 and -4, where they are installed."""
+    calls = dict(fa3=lambda: FA3.gradients(q, k, v, do, causal, left and left + 1, *packed, **flags)) if FA3 else {}
+    return calls | (dict(fa4=lambda: fa4(q, k, v, do, causal, left, *packed, **flags)) if FA4 else {})
 
 
 def deterministic(call):
@@ -114,7 +116,7 @@ def main():
     torch.manual_seed(0)
     ours = [Variant(text) for text in args.libraries]
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version(), fa4=fa4_version(), unit="TFLOP/s of visible pairs, medians", rows=[])
+    result = dict(device=torch.cuda.get_device_name(), **versions(), unit="TFLOP/s of visible pairs, medians", rows=[])
 
     def race(kind, case, flops, make, peers, beside=None):
         """make(variant), peers' functions and those beside, which count for no ratio to peers, each prepare one call."""
@@ -140,7 +142,7 @@ def main():
             row["error"] = "/".join(f"{error:.1e}" for error in errors)
         del gradients
         # of FlashAttention-2 only the figure without its flag was measured with the others
-        bases = ("cudnn" if "cudnn" in calls else "fa2 without the flag" if "fa2 without the flag" in calls else "fa2", "fa4")
+        bases = ("cudnn" if "cudnn" in calls else "fa2 without the flag" if "fa2 without the flag" in calls else "fa2", "fa3", "fa4")
         by_ratio = race_peers(row, calls, flush, args.repetitions, flops, PEERS.get(f"{kind} {case}", {}), bases)
         live = [row[name] for name in peers if name in calls] + by_ratio
         if live:
@@ -155,7 +157,7 @@ def main():
 
     def race_deterministic(kind, case, flops, words, q, k, v, do, causal, cu=None, longest=None):
         inputs = (q, k, v, do, causal, None, cu, longest)
-        race(kind, case, flops, lambda x: x.backward(words, q, k, v, do, cu, deterministic=True), dict(fa2=lambda: deterministic(fa2(*inputs)), **and_fa4(*inputs, deterministic=True)),
+        race(kind, case, flops, lambda x: x.backward(words, q, k, v, do, cu, deterministic=True), dict(fa2=lambda: deterministic(fa2(*inputs)), **and_newer(*inputs, deterministic=True)),
              {"without the flag": lambda: ours[0].backward(words, q, k, v, do, cu), "fa2 without the flag": lambda: fa2(*inputs)})  # fmt: skip
 
     for d, d_v, lengths in [(64, 64, (1024, 2048, 4096, 8192, 16384)), (128, 128, (1024, 2048, 4096, 8192, 16384)), (256, 256, (1024, 2048, 4096, 8192, 16384)), (96, 96, (4096,)), (192, 192, (4096,)), (192, 128, (4096,))]:
@@ -167,17 +169,17 @@ def main():
                 words = f"b{b} q{s} h{h} d{d}/{d_v} bf16" + (" causal" if causal else "")
                 flops = b * h * s * s * (6 * d + 4 * d_v) * (0.5 if causal else 1)
                 if s != 2048:
-                    race("bwd", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal), **and_fa4(q, k, v, do, causal)))
+                    race("bwd", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal), **and_newer(q, k, v, do, causal)))
                 if s not in (1024, 4096):
                     race_deterministic("bwd-det", case, flops, words, q, k, v, do, causal)
     q, do, k, v = random(2, 8192, 32, 128), random(2, 8192, 32, 128), random(2, 8192, 8, 128), random(2, 8192, 8, 128)
     for causal in (False, True):
         words = "b2 q8192 h32/8 d128 bf16" + (" causal" if causal else "")
         case, flops = f"d128 {'causal' if causal else 'full'} s8192 b2 h32/8", 10 * 2 * 32 * 128 * 8192**2 * (0.5 if causal else 1)
-        race("bwd-gqa", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal), **and_fa4(q, k, v, do, causal)))
+        race("bwd-gqa", case, flops, lambda x: x.backward(words, q, k, v, do), dict(cudnn=lambda: cudnn(q, k, v, do, causal), **and_newer(q, k, v, do, causal)))
         race_deterministic("bwd-det-more", case, flops, words, q, k, v, do, causal)
     q, do, k, v = (random(1, 16384, 16, 128) for _ in range(4))
-    race("bwd-window", "d128 s16384 w1024 b1 h16", 10 * 16 * 128 * (16384 * 1024 - 1024 * 1023 / 2), lambda x: x.backward("b1 q16384 h16 d128 bf16 window=1023,0", q, k, v, do), dict(fa2=lambda: fa2(q, k, v, do, False, 1023), **and_fa4(q, k, v, do, False, 1023)))
+    race("bwd-window", "d128 s16384 w1024 b1 h16", 10 * 16 * 128 * (16384 * 1024 - 1024 * 1023 / 2), lambda x: x.backward("b1 q16384 h16 d128 bf16 window=1023,0", q, k, v, do), dict(fa2=lambda: fa2(q, k, v, do, False, 1023), **and_newer(q, k, v, do, False, 1023)))
     x = torch.exp(torch.randn(32, generator=torch.Generator().manual_seed(5)) * 1.1)
     lengths = (x / x.sum() * 65536).int().clamp(min=16)
     cu, longest = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().cuda(), int(lengths.max())
@@ -186,7 +188,7 @@ def main():
         words = f"b32 q{longest} k{longest} h16 d128 bf16 packed tq{q.shape[0]} tk{q.shape[0]}" + (" causal" if causal else "")
         flops = 10 * 16 * 128 * float((lengths.double() ** 2).sum()) * (0.5 if causal else 1)
         case = f"d128 {'causal' if causal else 'full'} 32 sequences, 64k tokens, longest {longest}"
-        race("bwd-varlen", case, flops, lambda x: x.backward(words, q, k, v, do, cu), dict(fa2=lambda: fa2(q, k, v, do, causal, None, cu, longest), **and_fa4(q, k, v, do, causal, None, cu, longest)))
+        race("bwd-varlen", case, flops, lambda x: x.backward(words, q, k, v, do, cu), dict(fa2=lambda: fa2(q, k, v, do, causal, None, cu, longest), **and_newer(q, k, v, do, causal, None, cu, longest)))
         race_deterministic("bwd-det-more", case, flops, words, q, k, v, do, causal, cu, longest)
 
     result["summary"] = summary((row["kind"], row["ratio"]) for row in result["rows"] if "ratio" in row)

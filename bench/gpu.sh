@@ -34,6 +34,6 @@ python3 "$root"/bench/report.py --summary "$out"-backward.json
 "$build"/test_cuda --gtest_brief=1
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool $tool --error-exitcode 3 "$build"/test_cuda --gtest_brief=1 --gtest_filter='Problems.*SmokeProblems'
+    compute-sanitizer --tool $tool --error-exitcode 3 "$build"/test_cuda --gtest_brief=1 --gtest_filter='Problems.*SmokeProblems:Backward.Smoke*'
   done
 fi

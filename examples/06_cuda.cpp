@@ -1,7 +1,8 @@
-// On a GPU, as an inference engine calls it: the engine's own memory and stream, run() captured into a CUDA graph, and a comparison with
+// On a GPU, as an engine calls it: its own memory and stream, forward and backward captured into one CUDA graph, and a comparison with
 // the CPU kernels. Plain C++: of CUDA only the runtime library is needed. Exit code 77 where there is no Hopper GPU.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "tilewise/memory.hpp"
 #include "tilewise/tilewise.hpp"
 
 using namespace tilewise;
@@ -28,6 +30,15 @@ uint16_t to_bfloat16(float x) {  // rounds to nearest, ties to even; no NaN here
 }
 float to_float(uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); }
 
+// bfloat16 [batch, seqlen, heads, head_dim], on the host and on the GPU.
+struct Tensor {
+  const char* name;
+  int64_t seqlen, heads;
+  std::vector<uint16_t> host;
+  void* device = nullptr;
+  size_t bytes() const { return host.size() * sizeof host[0]; }
+};
+
 }  // namespace
 
 int main() {
@@ -36,78 +47,86 @@ int main() {
     std::printf("skipped: %s\n", gpu.status().message().c_str());
     return 77;
   }
-  // Grouped heads, the queries at the end of the keys, as in a prompt that continues a conversation.
-  const Problem problem = Problem::parse("b2 q300 k1000 h8/2 d128 bf16 causal").value();
   if (gpu->arch != "sm_90") {
     std::printf("skipped: %s is %s, and Tilewise's kernels are for sm_90\n", gpu->name.c_str(), gpu->arch.c_str());
     return 77;
   }
-  const Plan plan = Plan::make(problem, *gpu).value();
-
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  const auto draw = [&](int64_t elements) {
-    std::vector<uint16_t> values(static_cast<size_t>(elements));
-    for (uint16_t& value : values) value = to_bfloat16(normal(random));
-    return values;
-  };
-  const int64_t query_rows = problem.batch * problem.seqlen_q * problem.num_heads_q;
-  const int64_t key_rows = problem.batch * problem.seqlen_k * problem.num_heads_kv;
-  std::vector<uint16_t> q = draw(query_rows * problem.head_dim), k = draw(key_rows * problem.head_dim),
-                        v = draw(key_rows * problem.head_dim);
-  std::vector<uint16_t> o(q.size()), expected(q.size());
-  const auto arguments_at = [&](void* q_, void* k_, void* v_, void* o_) {
-    const auto of_keys = [&](void* x) {
-      return TensorView::contiguous(x, problem.dtype, {problem.batch, problem.seqlen_k, problem.num_heads_kv, problem.head_dim});
-    };
-    const auto of_queries = [&](void* x) {
-      return TensorView::contiguous(x, problem.dtype, {problem.batch, problem.seqlen_q, problem.num_heads_q, problem.head_dim});
-    };
-    Arguments arguments;
-    arguments.q = of_queries(q_), arguments.k = of_keys(k_), arguments.v = of_keys(v_), arguments.o = of_queries(o_);
-    return arguments;
-  };
+  // Grouped heads, the queries at the end of the keys, as in a prompt that continues a conversation.
+  const Problem problem = Problem::parse("fwd b2 q300 k1000 h8/2 d128 bf16 causal").value();
+  Problem gradient_problem = problem;
+  gradient_problem.pass = Pass::kBackward;
+  const Plan forward_plan = Plan::make(problem, *gpu).value(), backward_plan = Plan::make(gradient_problem, *gpu).value();
 
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  const auto bytes = [](const std::vector<uint16_t>& x) { return x.size() * sizeof x[0]; };
-  void *device_q, *device_k, *device_v, *device_o, *workspace = nullptr;
-  check(cudaMalloc(&device_q, bytes(q)));
-  check(cudaMalloc(&device_k, bytes(k)));
-  check(cudaMalloc(&device_v, bytes(v)));
-  check(cudaMalloc(&device_o, bytes(o)));
-  if (plan.workspace_bytes() > 0) check(cudaMalloc(&workspace, plan.workspace_bytes()));
-  check(cudaMemcpyAsync(device_q, q.data(), bytes(q), cudaMemcpyHostToDevice, stream));
-  check(cudaMemcpyAsync(device_k, k.data(), bytes(k), cudaMemcpyHostToDevice, stream));
-  check(cudaMemcpyAsync(device_v, v.data(), bytes(v), cudaMemcpyHostToDevice, stream));
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const auto make = [&](const char* name, int64_t seqlen, int64_t heads, bool input) {
+    Tensor x{name, seqlen, heads, std::vector<uint16_t>(static_cast<size_t>(problem.batch * seqlen * heads * problem.head_dim))};
+    if (input)
+      for (uint16_t& value : x.host) value = to_bfloat16(normal(random));
+    check(cudaMalloc(&x.device, x.bytes()));
+    check(cudaMemcpyAsync(x.device, x.host.data(), x.bytes(), cudaMemcpyHostToDevice, stream));
+    return x;
+  };
+  const auto of_queries = [&](const char* name, bool input) { return make(name, problem.seqlen_q, problem.num_heads_q, input); };
+  const auto of_keys = [&](const char* name, bool input) { return make(name, problem.seqlen_k, problem.num_heads_kv, input); };
+  Tensor q = of_queries("q", true), k = of_keys("k", true), v = of_keys("v", true), do_ = of_queries("do", true);
+  Tensor o = of_queries("o", false), dq = of_queries("dq", false), dk = of_keys("dk", false), dv = of_keys("dv", false);
+  std::vector<float> lse(static_cast<size_t>(problem.batch * problem.num_heads_q * problem.seqlen_q));
+  void *device_lse, *workspace = nullptr;
+  check(cudaMalloc(&device_lse, lse.size() * sizeof lse[0]));
+  if (const size_t bytes = std::max(forward_plan.workspace_bytes(), backward_plan.workspace_bytes())) check(cudaMalloc(&workspace, bytes));
+
+  // One set of arguments serves both plans: forward leaves the gradients alone.
+  const auto arguments_in = [&](bool device, void* lse_, void* workspace_) {
+    const auto view = [&](Tensor& x) {
+      return TensorView::contiguous(device ? x.device : x.host.data(), problem.dtype, {problem.batch, x.seqlen, x.heads, problem.head_dim});
+    };
+    Arguments arguments;
+    arguments.q = view(q), arguments.k = view(k), arguments.v = view(v), arguments.o = view(o);
+    arguments.lse = TensorView::contiguous(lse_, DataType::kFloat32, {problem.batch, problem.num_heads_q, problem.seqlen_q});
+    arguments.do_ = view(do_), arguments.dq = view(dq), arguments.dk = view(dk), arguments.dv = view(dv);
+    arguments.workspace = workspace_;
+    return arguments;
+  };
 
   // run() only launches: it allocates nothing and waits for nothing, so that a graph can hold it.
-  Arguments arguments = arguments_at(device_q, device_k, device_v, device_o);
-  arguments.workspace = workspace;
+  const Arguments on_gpu = arguments_in(true, device_lse, workspace);
   cudaGraph_t graph;
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  plan.run(arguments, stream).check();
+  forward_plan.run(on_gpu, stream).check();
+  backward_plan.run(on_gpu, stream).check();
   check(cudaStreamEndCapture(stream, &graph));
-  cudaGraphExec_t layers;
-  check(cudaGraphInstantiate(&layers, graph, 0));
-  check(cudaGraphLaunch(layers, stream));
-  check(cudaMemcpyAsync(o.data(), device_o, bytes(o), cudaMemcpyDeviceToHost, stream));
-  check(cudaStreamSynchronize(stream));
+  cudaGraphExec_t layer;
+  check(cudaGraphInstantiate(&layer, graph, 0));
+  check(cudaGraphLaunch(layer, stream));
 
-  const Arguments on_host = arguments_at(q.data(), k.data(), v.data(), expected.data());
-  Options options;
-  options.causal = true;
-  forward(on_host.q, on_host.k, on_host.v, on_host.o, {}, options).check();
-  float difference = 0, largest = 0;
-  for (size_t i = 0; i < o.size(); ++i) {
-    difference = std::fmax(difference, std::fabs(to_float(o[i]) - to_float(expected[i])));
-    largest = std::fmax(largest, std::fabs(to_float(expected[i])));
+  const Plan on_cpu = Plan::make(problem).value(), gradients_on_cpu = Plan::make(gradient_problem).value();
+  Buffer host_workspace = Buffer::make(Device::cpu(), std::max(on_cpu.workspace_bytes(), gradients_on_cpu.workspace_bytes())).value();
+  const Arguments on_host = arguments_in(false, lse.data(), host_workspace.data());
+  on_cpu.run(on_host).check();
+  gradients_on_cpu.run(on_host).check();
+
+  std::printf("%s on %s: %s, %s\n", problem.to_string().c_str(), gpu->name.c_str(), std::string(forward_plan.kernel()).c_str(),
+              std::string(backward_plan.kernel()).c_str());
+  bool close = true;
+  for (const Tensor* x : {&o, &dq, &dk, &dv}) {
+    std::vector<uint16_t> got(x->host.size());
+    check(cudaMemcpyAsync(got.data(), x->device, x->bytes(), cudaMemcpyDeviceToHost, stream));
+    check(cudaStreamSynchronize(stream));
+    float difference = 0, largest = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      difference = std::fmax(difference, std::fabs(to_float(got[i]) - to_float(x->host[i])));
+      largest = std::fmax(largest, std::fabs(to_float(x->host[i])));
+    }
+    std::printf("%-2s largest %.3g, largest difference from the CPU's %.2g\n", x->name, largest, difference);
+    close = close && largest > 0 && difference <= largest / 64;  // both round to 8 bits
   }
-  std::printf("%s on %s: %s; largest output %.3g, largest difference from the CPU's %.3g\n", problem.to_string().c_str(), gpu->name.c_str(),
-              std::string(plan.kernel()).c_str(), largest, difference);
-  check(cudaGraphExecDestroy(layers));
+  check(cudaGraphExecDestroy(layer));
   check(cudaGraphDestroy(graph));
-  for (void* memory : {device_q, device_k, device_v, device_o, workspace}) check(cudaFree(memory));
+  for (const Tensor* x : {&q, &k, &v, &do_, &o, &dq, &dk, &dv}) check(cudaFree(x->device));
+  for (void* memory : {device_lse, workspace}) check(cudaFree(memory));
   check(cudaStreamDestroy(stream));
-  return largest > 0 && difference <= largest / 64 ? 0 : 1;  // both round to 8 bits
+  return close ? 0 : 1;
 }

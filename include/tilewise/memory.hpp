@@ -12,6 +12,7 @@ class TW_API Buffer {
   static Result<Buffer> make(const Device& device, size_t bytes);
   void* data() const { return data_.get(); }
   size_t size() const { return bytes_; }
+  // Both are done when they return. What other streams of a device still do is not waited for.
   Status copy_from_host(const void* source, size_t bytes, size_t offset = 0);
   Status copy_to_host(void* target, size_t bytes, size_t offset = 0) const;
 

@@ -29,6 +29,9 @@ inline std::string refuse_everywhere(const Problem& p, const Device& device) {
   return {};
 }
 
+// Whether there is a row, so that the copy engine may ask for one. A tensor without any need not be given, and its rank is 0 then.
+inline bool has_rows(const TensorView& t) { return t.rank >= 3 && t.shape[t.rank - 3] > 0; }
+
 // What a row for these dimensions, with this much shared memory, cannot take.
 inline std::string refuse_shape(int head_dim, int head_dim_v, size_t shared_bytes, ptx::Element element, const Problem& p,
                                 const Device& device) {

@@ -7,6 +7,7 @@
 
 #include "cuda/arguments.h"
 #include "cuda/backend.h"
+#include "cuda/backward_counts.h"
 #include "cuda/backward_rows.h"
 
 namespace tilewise::cuda {
@@ -32,89 +33,6 @@ std::string name_of(const BackwardConfig& c) {
   if (c.head_dim_v != c.head_dim) name += "_" + std::to_string(c.head_dim_v);
   return c.modified ? name + "_modified" : name;
 }
-
-// What gradient_params.h counts. Packed: bounds, since a sequence has at most one step or block that is not full.
-struct Counts {
-  int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, plain, interleave, run, shares, lag, claims,
-      ring, ahead;
-  int64_t together;   // units whose works are mixed, at most
-  int64_t rest_ctas;  // that preprocess the units that are not `ahead`
-  Counts(const Problem& p, const BackwardConfig& c, const Device& device) {
-    q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
-    k_blocks = p.packed ? p.total_k / c.block_n() + p.batch : ceil_div<int64_t>(p.seqlen_k, c.block_n());
-    const int64_t sequences = p.packed ? 1 : p.batch;
-    k_tiles = p.packed ? p.total_k / kBlockM + p.batch : ceil_div<int64_t>(p.seqlen_k, kBlockM);
-    tiles = sequences * q_tiles;
-    key_tiles = sequences * k_tiles;
-    all_tiles = p.num_heads_q * tiles;
-    all_key_tiles = p.num_heads_kv * key_tiles;
-    units = k_blocks > 0 ? p.num_heads_kv * sequences : 0;
-    works = units * k_blocks;
-    // A share comes when the works of its unit have probably been finished: a claim for each SM later, if there are more works than SMs.
-    // Where works are of different length, or wait for one another, it takes longer until the last one is. Few works have small shares, for
-    // SMs without work to take.
-    const int64_t sms = device.units / c.ctas();  // or pairs of them
-    const bool rounds = works > sms, masked = p.window_left >= 0 || p.window_right >= 0, uneven = p.packed || masked;
-    const int64_t margin = (1 + uneven + p.deterministic) * sms + (p.packed ? k_blocks : 0);
-    shares = rounds ? k_blocks : ceil_div<int64_t>(std::max<int64_t>(p.num_heads_q / p.num_heads_kv * q_tiles, 1), 2);
-    // Blocks of different length: the longest come first, those of several units together, so that the very last ones are short. With few
-    // blocks to a unit, short works are better mixed with long ones until the end (measured with 8; a model says that with 32 they are
-    // not), and so are packed sequences.
-    const bool at_end = rounds && uneven && !p.deterministic && (p.packed || 5 * k_blocks <= sms);
-    interleave = 1;
-    if (at_end)
-      interleave = std::min(std::max<int64_t>(margin / k_blocks + 1, 3), units);
-    else if (rounds && (uneven || p.deterministic))
-      interleave = std::clamp<int64_t>(alternating(p, sms, masked), 1, units);
-    plain = at_end ? units - interleave : 0;
-    run = k_blocks;
-    together = interleave;
-    fall_in_runs(p, c);
-    const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
-    lag = rounds ? std::min(together * k_blocks + after, works) : works;
-    claims = lag + units * shares;
-    ring = rounds ? std::min(units, 2 * together + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
-    // An eighth of the SMs (measured), if each of their 32 warps has two tiles or more.
-    rest_ctas = std::max(device.units / 8, 1);
-    ahead = rounds ? first_units(p, sms) : units;
-    if ((units - ahead) * q_tiles * (p.num_heads_q / p.num_heads_kv) < 64 * rest_ctas) ahead = units;
-  }
-  // Deterministic blocks fall, so under a causal mask a unit's longest ones come last. Where many would have to wait for those of the last
-  // units, these fall in runs, and runs of longer blocks come first: as many units as have eight works for each SM, and a run of all of
-  // them has a work for three quarters of the SMs (measured, and that fewer than 32 blocks, of pairs 64, lose by it). The order of
-  // additions follows from it and must not depend on how many SMs there are.
-  void fall_in_runs(const Problem& p, const BackwardConfig& c) {
-    const int64_t nominal_sms = 128 / c.ctas();
-    if (!p.deterministic || p.packed || p.window_left >= 0 || p.window_right < 0) return;
-    if (k_blocks < 32 * c.ctas() || works <= 2 * nominal_sms) return;
-    together = std::min(ceil_div(8 * nominal_sms, k_blocks), units);
-    interleave = std::min(interleave, together);
-    plain = units - together;
-    run = std::max<int64_t>(3 * nominal_sms / 4 / together, 1);
-  }
-  // Units that the first works are of, one for each SM; all, if that is not sure.
-  int64_t first_units(const Problem& p, int64_t sms) const {
-    const int64_t most = plain > 0 ? plain : units, alternate = plain > 0 && !p.deterministic ? 1 : interleave;
-    const int64_t first = ceil_div(sms, alternate * (plain > 0 ? k_blocks : run)) * alternate;
-    return first <= most ? first : units;
-  }
-  // How many units alternate all the time. Deterministic blocks of a unit wait for one another, so CTAs that claim at the same time should
-  // get blocks of different units: as many units as have a work for each SM, twice as many where that leaves 16 groups of them. Packed, the
-  // blocks of one sequence wait: two units under a mask, else as many as have a work of such a sequence for each SM, eight at most.
-  int64_t alternating(const Problem& p, int64_t sms, bool masked) const {
-    const auto units_of = [](int64_t of_works, int64_t blocks) { return (of_works + blocks / 2) / blocks; };
-    const int64_t enough = units_of(sms, k_blocks);
-    if (!p.deterministic) return enough;
-    if (!p.packed) return std::max(enough, std::min(units_of(2 * sms, k_blocks), units / 16));
-    return masked ? 2 : std::min<int64_t>(units_of(sms, std::max<int64_t>(k_blocks / p.batch, 1)), 8);
-  }
-  // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that had
-  // the sums before have smaller claims than a work that adds to them. Else the kernel could wait for ever.
-  bool waits_for_earlier_only() const {
-    return lag >= (shares == k_blocks ? together * k_blocks : works) &&
-           (ring == units || (shares == k_blocks && (ring - together) * k_blocks >= lag));
-  }
-};
 
 struct Workspace {
   size_t rows, addends, dsink_sum, turn, spoilt, spoilt_keys, progress, counters, bytes;  // dq_sum comes first; zeros begin at turn
@@ -196,11 +114,11 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
 
   BackwardParams r{};
   const auto map = [&](const TensorView& view, int rows, CUtensorMap& to) { return make_tensor_map(map_source(view, bfloat16), rows, to); };
-  if (counts.all_tiles > 0) {
+  if (counts.all_tiles > 0 && has_rows(a.q)) {
     if (Status status = map(a.q, c.block_m, r.q_map); !status.ok()) return status;
     if (Status status = map(a.do_, c.block_m, r.do_map); !status.ok()) return status;
   }
-  if (counts.works > 0 && a.k.shape[a.k.rank - 3] > 0) {
+  if (counts.works > 0 && has_rows(a.k)) {
     if (Status status = map(a.k, 64, r.k_map); !status.ok()) return status;
     if (Status status = map(a.v, 64, r.v_map); !status.ok()) return status;
   }
@@ -252,8 +170,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.k_blocks = static_cast<int>(counts.k_blocks);
   r.works = static_cast<int>(counts.works);
   r.units = static_cast<int>(counts.units);
-  r.order = {
-      .plain = static_cast<int>(counts.plain), .interleave = static_cast<int>(counts.interleave), .run = static_cast<int>(counts.run)};
+  r.order = counts.order();
   r.shares = static_cast<int>(counts.shares);
   r.lag = static_cast<int>(counts.lag);
   r.claims = static_cast<int>(counts.claims);

@@ -58,7 +58,10 @@ Result<int64_t> free_bytes(const Device& device) {
 Status copy(const Device& device, void* target, const void* source, size_t bytes, bool to_host) {
   const Current current(device);
   if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
-  return status_of(cudaMemcpy(target, source, bytes, to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice), "cudaMemcpy");
+  Status status = status_of(cudaMemcpy(target, source, bytes, to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice), "cudaMemcpy");
+  // To a device cudaMemcpy may return before all has arrived, which work on other streams would meet.
+  if (status.ok() && !to_host) status = status_of(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize");
+  return status;
 }
 
 Status synchronize(const Device& device) {

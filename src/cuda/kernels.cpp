@@ -87,14 +87,14 @@ std::string forward_refusal(const ForwardRow& row, const Problem& p, const Devic
 Status launch_forward(int index, const Problem& p, const Device& device, const Arguments& a, Stream stream) {
   const ForwardRow& row = forward_table()[index];
   const bool bfloat16 = row.config.element == ptx::Element::kBFloat16;
-  if (a.q.shape[0] == 0 || a.q.shape[1] == 0 || p.seqlen_q == 0 || p.batch == 0) return {};  // nothing to write
+  if (!has_rows(a.q) || p.seqlen_q == 0 || p.batch == 0) return {};  // nothing to write
   if (Status status = check_rows({{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"o", &a.o}}); !status.ok()) return status;
   const Current current(device);
   if (Status status = status_of(current.error(), "cudaSetDevice"); !status.ok()) return status;
 
   ForwardParams r{};
   if (Status status = make_tensor_map(map_source(a.q, bfloat16), 64, r.q_map); !status.ok()) return status;
-  if (a.k.shape[a.k.rank - 3] > 0) {  // without a key nothing is loaded, and the tensors may have no address
+  if (has_rows(a.k)) {
     if (Status status = make_tensor_map(map_source(a.k, bfloat16), row.config.block_n, r.k_map); !status.ok()) return status;
     if (Status status = make_tensor_map(map_source(a.v, bfloat16), row.config.block_n, r.v_map); !status.ok()) return status;
   }

@@ -16,17 +16,7 @@ using reference::Trial;
 struct Backward : Cuda {
   std::vector<char> gradients(Trial& t, std::initializer_list<TensorView Arguments::*> members) {
     t.run().check();
-    t.download().check();
-    std::vector<char> bytes;
-    for (auto member : members) {
-      const TensorView& view = t.host_arguments().*member;
-      if (!view.data) continue;
-      int64_t last = 0;
-      for (int i = 0; i < view.rank; ++i) last += (view.shape[i] - 1) * view.stride[i];
-      const auto* data = static_cast<const char*>(view.data);
-      bytes.insert(bytes.end(), data, data + (last + 1) * (view.dtype == DataType::kFloat32 ? 4 : 2));
-    }
-    return bytes;
+    return written(t, members);
   }
   Trial trial(const std::string& line) {
     Result<Trial> made = Trial::make(parse(line), device_, 3, Layout::kBshd);
@@ -69,6 +59,32 @@ TEST_F(Backward, DeterministicGradientsAreTheSameOnAnyNumberOfSms) {
       const std::vector<char> now = gradients(*made, {&Arguments::dq, &Arguments::dk, &Arguments::dv, &Arguments::dsink});
       if (first.empty()) first = now;
       EXPECT_EQ(now == first, true) << line << " on " << units << " SMs";
+    }
+  }
+}
+// Nor on what else is in the batch. Two of these do as soon as the order of additions does.
+TEST_F(Backward, DeterministicGradientsOfASequenceDoNotDependOnTheBatch) {
+  for (const std::string line : {"q300 k4200 h4 d64 bf16 causal", "q260 k4200 h16/8 d128 fp16 causal", "q150 k8300 h2 d256 bf16 causal",
+                                 "q600 k900 h6/2 d128 bf16 causal sink", "q500 k700 h2 d192/128 bf16"}) {
+    Trial one = trial("bwd b1 " + line + " deterministic"), five = trial("bwd b5 " + line + " deterministic");
+    const auto sequence = [&](TensorView Arguments::*member, int b) {
+      const TensorView& view = five.host_arguments().*member;
+      return static_cast<char*>(view.data) + b * view.stride[0] * (view.dtype == DataType::kFloat32 ? 4 : 2);
+    };
+    for (auto member : {&Arguments::q, &Arguments::k, &Arguments::v, &Arguments::o, &Arguments::lse, &Arguments::do_, &Arguments::dlse}) {
+      const TensorView& from = one.host_arguments().*member;
+      if (!from.data) continue;
+      for (int b = 0; b < 5; ++b) std::memcpy(sequence(member, b), from.data, bytes_of(from));
+    }
+    if (const TensorView& sink = one.host_arguments().sink; sink.data)
+      std::memcpy(five.host_arguments().sink.data, sink.data, bytes_of(sink));
+    for (Trial* t : {&one, &five}) {
+      t->upload().check();
+      output(*t);
+    }
+    for (auto member : {&Arguments::dq, &Arguments::dk, &Arguments::dv}) {
+      const TensorView& alone = one.host_arguments().*member;
+      for (int b = 0; b < 5; ++b) EXPECT_EQ(std::memcmp(sequence(member, b), alone.data, bytes_of(alone)), 0) << line << " sequence " << b;
     }
   }
 }
@@ -135,6 +151,32 @@ TEST_F(Spoilt, ValuesThatAreNotFiniteCostLittle) {
       const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       EXPECT_LT(seconds, 0.2) << (of_key ? "key " : "query ") << row << " took " << seconds << " s";
     }
+}
+
+// No queries or no keys at all, of packed sequences: the tensors need not be given.
+TEST_F(Backward, EmptyTensorsNeedNotBeGiven) {
+  for (const std::string pass : {"fwd ", "bwd "})
+    for (const bool no_keys : {false, true}) {
+      Trial t = trial(pass + "b3 q9 k9 h2 d64 bf16 packed " + (no_keys ? "tq20 tk0" : "tq0 tk20"));
+      Arguments some = t.arguments();
+      if (no_keys)
+        some.k = some.v = some.dk = some.dv = {};
+      else
+        some.q = some.o = some.do_ = some.dq = some.lse = {};
+      const Status status = t.plan().run(some);
+      ASSERT_TRUE(status.ok()) << status.message();
+      for (const char byte : written(t, {no_keys ? pass == "fwd " ? &Arguments::o : &Arguments::dq : &Arguments::dk}))
+        if (no_keys || pass == "bwd ") {
+          ASSERT_EQ(byte, 0) << pass << no_keys;
+        }
+    }
+}
+
+// More units than are preprocessed before the first works, sums that are used again, and order: few, for the sanitizers.
+TEST_F(Backward, SmokeOfManyUnits) {
+  for (const char* line : {"bwd b70 q20 h14 d64 bf16 causal", "bwd b34 q20 k30 h20 d128 bf16 seqused deterministic",
+                           "bwd b24 q70 h15 d256 fp16 deterministic"})
+    EXPECT_TRUE(verify(parse(line), 8, Layout::kBshd));
 }
 
 // So many heads that the sums of dq, which lie in a ring, are used again, with few and with many blocks of keys to a head.

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <fstream>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -52,13 +53,21 @@ class Cuda : public testing::Test {
     for (int i = 0; i < view.rank; ++i) last += (view.shape[i] - 1) * view.stride[i];
     return static_cast<size_t>(last + 1) * (view.dtype == DataType::kFloat32 ? 4 : 2);
   }
-  // o and lse, bit by bit, as they lie on the device.
+  // What the pass writes, or these tensors, bit by bit, as they lie on the device.
   static std::vector<char> written(Trial& t) {
+    const bool forward = t.plan().problem().pass == Pass::kForward;
+    return forward ? written(t, {&Arguments::o, &Arguments::lse})
+                   : written(t, {&Arguments::dq, &Arguments::dk, &Arguments::dv, &Arguments::dsink});
+  }
+  static std::vector<char> written(Trial& t, std::initializer_list<TensorView Arguments::*> members) {
     t.download().check();
-    const Arguments& a = t.host_arguments();
-    std::vector<char> bytes(bytes_of(a.o) + bytes_of(a.lse));
-    std::memcpy(bytes.data(), a.o.data, bytes_of(a.o));
-    std::memcpy(bytes.data() + bytes_of(a.o), a.lse.data, bytes_of(a.lse));
+    std::vector<char> bytes;
+    for (auto member : members) {
+      const TensorView& view = t.host_arguments().*member;
+      if (!view.data) continue;
+      const auto* data = static_cast<const char*>(view.data);
+      bytes.insert(bytes.end(), data, data + bytes_of(view));
+    }
     return bytes;
   }
   static void set_row(const TensorView& view, int64_t b, int64_t row, int64_t head, float value) {

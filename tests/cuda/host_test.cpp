@@ -10,7 +10,8 @@
 
 #include "cuda/arguments.h"
 #include "cuda/backend.h"
-#include "cuda/kernels/gradient_params.h"
+#include "cuda/backward_counts.h"
+#include "cuda/backward_rows.h"
 #include "tilewise/explain.hpp"
 
 namespace tilewise {
@@ -62,15 +63,17 @@ TEST(Host, RefusalsAreOneSentence) {
   }
 }
 
-// However many SMs there are, no claim of the backward kernel waits for a later one: a row that could would refuse the problem.
+constexpr BackwardConfig kShapes[] = {cuda::Backward64::kShape,      cuda::Backward96::kShape,  cuda::Backward128::kShape,
+                                      cuda::Backward192x128::kShape, cuda::Backward192::kShape, cuda::Backward256::kShape};
+
+// However many SMs there are, no claim of the backward kernel waits for a later one: a share of dq comes behind all works of its unit, and
+// a work behind all shares of the unit whose sums it uses again.
 TEST(Host, BackwardNeverWaitsForItself) {
   std::mt19937_64 random(1);
   const auto draw = [&](uint64_t most) { return static_cast<int64_t>(random() % (most + 1)); };
-  for (int i = 0; i < 20000; ++i) {
+  for (int i = 0; i < 3000; ++i) {
     Problem p;
     p.pass = Pass::kBackward;
-    p.dtype = DataType::kBFloat16;
-    p.head_dim = p.head_dim_v = 64 + 64 * draw(3);
     p.num_heads_kv = 1 + draw(40);
     p.num_heads_q = p.num_heads_kv * (1 + draw(7));
     p.batch = 1 + draw(40);
@@ -81,13 +84,64 @@ TEST(Host, BackwardNeverWaitsForItself) {
       p.total_q = draw(static_cast<uint64_t>(p.batch * p.seqlen_q));
       p.total_k = draw(static_cast<uint64_t>(p.batch * p.seqlen_k));
     }
-    if (draw(1) == 1) p.window_left = draw(2) == 0 ? -1 : draw(500), p.window_right = draw(500);
+    if (draw(1) == 1) p.window_left = draw(2) == 0 ? draw(500) : -1, p.window_right = draw(1) * draw(500);
     p.deterministic = draw(1) == 1;
     Device device = hopper();
     device.units = std::vector<int>{2, 3, 31, 114, 132, 144}[static_cast<size_t>(draw(5))];
-    for (const Kernel& kernel : cuda::backward_kernels())
-      ASSERT_EQ(kernel.refusal(p, device).find("wait"), std::string::npos) << p.to_string() << " on " << device.units << " SMs";
+    const BackwardConfig& shape = kShapes[draw(5)];
+    const cuda::Counts counts(p, shape, device);
+    const std::string name = p.to_string() + " on " + std::to_string(device.units) + " SMs";
+    ASSERT_TRUE(counts.waits_for_earlier_only()) << name;
+    ASSERT_LE(counts.ahead, counts.units) << name;
+    std::vector<int64_t> first(static_cast<size_t>(counts.units), counts.works), last(first.size());
+    for (int64_t work = 0; work < counts.works; ++work) {
+      const auto unit = static_cast<size_t>(unit_block(counts.order(), static_cast<int>(counts.units), static_cast<int>(counts.k_blocks),
+                                                       p.deterministic && !p.packed, static_cast<int>(work))
+                                                .unit);
+      first[unit] = std::min(first[unit], work);
+      last[unit] = work;
+      if (work < device.units / shape.ctas()) {
+        ASSERT_LT(static_cast<int64_t>(unit), counts.ahead) << name;
+      }
+    }
+    for (int64_t unit = 0; unit < counts.units; ++unit) {
+      const auto shares = [&](int64_t of) { return counts.lag + of * counts.shares; };  // the first one's claim
+      ASSERT_LT(last[static_cast<size_t>(unit)], shares(unit)) << name;
+      if (unit >= counts.ring) {
+        ASSERT_LE(shares(unit - counts.ring + 1), first[static_cast<size_t>(unit)]) << name;
+      }
+    }
   }
+}
+
+// The order in which blocks add to dq depends on a sequence's own shape, neither on the batch nor on the number of SMs.
+TEST(Host, BackwardOrderOfAdditionsIsTheSequences) {
+  int in_runs = 0;
+  for (const BackwardConfig& shape : kShapes)
+    for (const std::string words :
+         {"q300 k4200 h4", "q300 k4200 h16/4", "q8192 h32/8", "q4096 h2", "q64 k9000 h2", "q64 k16000 h1", "q700 h8"}) {
+      std::vector<std::pair<int, int>> expected;  // of each block
+      for (const int batch : {1, 2, 4, 16})
+        for (const int units : {31, 132}) {
+          Device device = hopper();
+          device.units = units;
+          const cuda::Counts counts(Problem::parse("bwd b" + std::to_string(batch) + " causal deterministic bf16 d64 " + words).value(),
+                                    shape, device);
+          std::vector<std::pair<int, int>> runs(static_cast<size_t>(counts.k_blocks));
+          for (int work = 0; work < counts.works; ++work) {
+            const UnitBlock at = unit_block(counts.order(), static_cast<int>(counts.units), static_cast<int>(counts.k_blocks), true, work);
+            auto& run = runs[static_cast<size_t>(at.block)];
+            if (at.unit > 0) {
+              ASSERT_EQ(run, std::pair(at.run_begin, at.run_end)) << words << " batch " << batch << " unit " << at.unit;
+            }
+            run = {at.run_begin, at.run_end};
+          }
+          if (expected.empty()) expected = runs;
+          EXPECT_EQ(runs, expected) << words << " batch " << batch << " on " << units << " SMs";
+        }
+      in_runs += expected[0].second < static_cast<int>(expected.size());
+    }
+  EXPECT_GT(in_runs, 10);
 }
 
 // Every block of every unit is claimed once. Where they fall, a block adds to a step's dq when all those have that see the step and were
@@ -99,7 +153,8 @@ TEST(Host, BackwardBlocksAddInTheOrderOfTheirClaims) {
   for (int i = 0; i < 500; ++i) {
     const int units = draw(1, 9), block_m = 64 * draw(1, 2), seqlen_k = draw(1, 3000), k_blocks = (seqlen_k + kBlockN - 1) / kBlockN;
     const bool falling = draw(0, 3) > 0;
-    const UnitOrder order = {draw(0, units - 1), draw(1, units), draw(1, k_blocks)};
+    const int plain = falling ? 0 : draw(0, units - 1);
+    const UnitOrder order = {plain, draw(1, units), draw(1, units), falling ? draw(1, k_blocks) : k_blocks};
     const Band band = make_band(draw(1, 3000), seqlen_k, draw(0, 2) == 0 ? draw(0, 900) : -1, draw(-1, 400), draw(0, 1) == 1);
     std::vector<std::vector<int>> added(static_cast<size_t>(units), std::vector<int>(static_cast<size_t>(band.seqlen_q)));  // to a step
     std::vector<int> blocks;

@@ -197,16 +197,16 @@ struct Claimer {
       const bool any = find_work<C>(params, work, claim);
       if (leader) work.parity = parity;
       if (any) parity ^= 1;
+      const int unit = ptx::uniform(leader ? work.unit : 0);  // which the first lane has written
       // Works without steps wait too: what they are counted for lets the ring's next unit add, and its sums must be 0 by then.
       if (claim < params.works) {
-        const int unit = ptx::uniform(work.unit);
         while (!__all_sync(0xffffffff, is_ready(unit))) __nanosleep(20);
         ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_global);  // the copy engine reads what they have written
       }
       shared.work_full[count % 2].arrive();                            // every lane, for what it has written
       if (leader) find_share(params, work.share, claim - params.lag);  // nobody reads it before share_ready
       __syncwarp();
-      const int unit_before = claim < params.works ? work.unit - params.ring : -1;
+      const int unit_before = claim < params.works ? unit - params.ring : -1;
       const bool free = __all_sync(0xffffffff, is_free(unit_before)), ready = __all_sync(0xffffffff, is_summed(claim));
       // Not before all have passed the phase before, or two phases could pass unseen.
       if (count > 0) shared.sums_added.wait(phase);

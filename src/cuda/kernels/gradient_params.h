@@ -68,11 +68,12 @@ struct Trimmed {
   int q_begin, k_begin;  // rows that were cut off before it
 };
 
-// The order of works. Those of `interleave` units alternate: block 0 of each, then block 1 of each; if not deterministic, from unit `plain`
-// on only, before it unit by unit. Deterministic blocks fall (a block adds to dq behind those that come before it); from unit `plain` on
-// they fall in runs of `run` blocks, and runs rise: all units' first run, then their second one.
+// The order of works. First those of the units before `plain`, unit by unit. Then sections of `section` units: the first `run` blocks of
+// each of them, then the next ones, and so on; of a run, those of `interleave` units alternate: the first block of each, then the second.
+// Deterministic blocks fall within a run: a block adds to dq behind those that come before it. Mostly a run is all blocks, a section all
+// units.
 struct UnitOrder {
-  int plain, interleave, run;
+  int plain, section, interleave, run;
 };
 
 // The unit of a work, which is not past the last, which of the unit's blocks of keys it is, and the run of blocks that fall of which it is
@@ -81,10 +82,11 @@ struct UnitBlock {
   int unit, block, run_begin, run_end;
 };
 TW_HD UnitBlock unit_block(const UnitOrder& order, int all_units, int k_blocks, bool falling, int work) {
-  // The units before `plain`, or those from there on.
+  // The units before `plain`, or a section of those from there on.
   const bool plain = work < order.plain * k_blocks;
-  const int first = plain ? 0 : order.plain, units = plain ? order.plain : all_units - order.plain;
-  const int run = plain ? k_blocks : order.run, interleave = plain && !falling ? 1 : order.interleave;
+  const int first = plain ? 0 : order.plain + (work / k_blocks - order.plain) / order.section * order.section;
+  const int units = plain ? order.plain : min_of(order.section, all_units - first), run = order.run;
+  const int interleave = plain ? 1 : order.interleave;
   // Their runs, then groups of units that alternate, then blocks.
   int index = work - first * k_blocks;
   const int begin = index / (run * units) * run, blocks = min_of(run, k_blocks - begin);
@@ -124,8 +126,9 @@ struct BackwardParams {
   int works, units, shares, lag, claims, ring;
   UnitOrder order;
   int ahead;  // units that are preprocessed before any work begins; the others meanwhile, on some SMs
-  // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The preprocess kernel writes what
-  // others read first.
+  // Workspace. A head's tiles: those of sequence b begin at first_tile(), its keys' at first_key_tile(). The first preprocess kernel
+  // sets all from `turn` on to 0; rows or addends, dsink_sum and the ring's first sums are written by it for units that are `ahead`, for
+  // the others by the second one, unit by unit (Progress::ready).
   long long tiles, key_tiles;  // of one head in the workspace
   int sum_columns;             // of a tile of dq's sums
   float* dq_sum;               // [ring][head of the group][tile][sum_columns / 8][128 threads][4]: as the tensor cores hold accumulators

@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kPreprocessThreads, 4) backward_preprocess(con
 // this kernel unit by unit, and begin when all of its CTAs run.
 template <ptx::Element kElement, int kColumns>
 __global__ void __launch_bounds__(kRestThreads, 1) backward_preprocess_rest(const __grid_constant__ BackwardParams p) {
+  // Only then may the next kernel begin: it does not wait for the first one, and would find the counters of the run before.
   ptx::wait_for_previous();
   if (blockIdx.x == 0 && threadIdx.x == 0) ptx::add_release(&p.counters->begun, 1);
   ptx::launch_dependents();
