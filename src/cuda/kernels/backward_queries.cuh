@@ -12,6 +12,7 @@ template <BackwardConfig C>
 struct QueryGradients : Claims<C> {
   using Claims<C>::params, Claims<C>::shared, Claims<C>::work;
   static constexpr int kWidth = C.dq_columns, kPasses = C.head_dim / kWidth, kThreads = 128;
+  static_assert(C.head_dim % kWidth == 0);
   const int thread = static_cast<int>(threadIdx.x) % kThreads;
   uint32_t parity = 0;      // of turns
   tile::Ring<kSlots> slot;  // where the next ds is

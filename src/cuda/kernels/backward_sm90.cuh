@@ -381,7 +381,7 @@ struct KeyGradients : Claims<C> {
 template <class Row>
 __global__ void __launch_bounds__(Row::kConfig.threads(), 1) backward_sm90(const __grid_constant__ BackwardParams params) {
   constexpr BackwardConfig C = Row::kConfig;
-  static_assert(kSharedBytes<C> <= 227 << 10);
+  static_assert(kSharedBytes<C> <= 227 << 10 && C.head_dim == C.head_dim_v && !C.pair);
   extern __shared__ __align__(1024) unsigned char memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   if (threadIdx.x == 0) shared.init_barriers(params.deterministic);
