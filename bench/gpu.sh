@@ -4,7 +4,7 @@
 # then correctness of the CUDA backend, and the sanitizers. Five minutes beside building.
 # Usage: bench/gpu.sh [BUILD]   BUILD: a folder that holds test_cuda, test_cuda_tile, host_cost, tilewise and libtilewise.so; built here
 # where not given. Writes <gpu>-forward.json and -backward.json to bench/results, or to the folder $RESULTS; bench/report.py makes the tables
-# of README.md and docs/ from them. Needs python3 with PyTorch, and what CONTRIBUTING.md says the tests need; compute-sanitizer and ncu are
+# of README.md and docs/ from them. Needs python3 with PyTorch, and what ./test.sh installs; compute-sanitizer and ncu are
 # used where they are found.
 set -euo pipefail
 if [[ ${1:-} == -* ]]; then
