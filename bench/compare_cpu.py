@@ -285,5 +285,5 @@ if __name__ == "__main__":
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:
-        sys.exit("compare_cpu.py wants PyTorch: pip install torch onnxruntime onnx numpy")
+        sys.exit(f"{__doc__}\nNeeds PyTorch: pip install torch onnxruntime onnx numpy")
     main()

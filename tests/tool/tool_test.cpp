@@ -636,7 +636,8 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
   for (const Json& candidate : all) ++refusals[candidate["refusal"]];
   EXPECT_GT(all.size(), 20u);
   ASSERT_GT(refusals["takes fp16 only"], 3);
-  EXPECT_NE(text.out.find("            " + std::to_string(refusals["takes fp16 only"]) + " kernels: takes fp16 only\n"), std::string::npos)
+  EXPECT_NE(text.out.find("            " + std::to_string(refusals["takes fp16 only"]) + " kernels: each takes fp16 only\n"),
+            std::string::npos)
       << text.out;
   EXPECT_EQ(text.out.find("fp16_d64"), std::string::npos) << text.out;
   EXPECT_NE(text.out.find("forward_sm90_bf16_d64_short: is for dense tensors of 0 to 1536\n              queries, "), std::string::npos)
@@ -649,6 +650,12 @@ TEST_F(Tool, ExplainPlansForGpusThatAreNotHere) {
   expect_lines_of_80_columns(filled.out);
   EXPECT_NE(filled.out.find("            head_dim 136/80 filled up to 192/128 with zeros\n"), std::string::npos) << filled.out;
   EXPECT_NE(filled.out.find("bound, filled tiles in full"), std::string::npos) << filled.out;
+  const Outcome packed = tilewise("explain --device h200 bwd b3 q900 h2 d64 bf16 packed tq1000 tk1000 causal deterministic");
+  expect_lines_of_80_columns(packed.out);
+  for (const char* said : {"            lengths are data: ", "            deterministic: CTAs take turns"})
+    EXPECT_NE(packed.out.find(said), std::string::npos) << packed.out;
+  EXPECT_EQ(filled.out.find("lengths are data"), std::string::npos) << filled.out;
+  EXPECT_EQ(filled.out.find("deterministic"), std::string::npos) << filled.out;
   expect_refusal("explain q8 d8 --device h100", "dtype fp32 is neither bf16 nor fp16");
 }
 

@@ -76,7 +76,7 @@ std::vector<std::string> lines_of_others(const Explanation& e) {
     if (sharing <= kShared)
       lines.push_back(candidate->name + ": " + (refusal.empty() ? "takes it too" : refusal));
     else if (std::find_if(others.begin(), candidate, same) == candidate)
-      lines.push_back(fmt::format("{} kernels: {}", sharing, refusal.empty() ? "take it too" : refusal));
+      lines.push_back(fmt::format("{} kernels: {}", sharing, refusal.empty() ? "take it too" : "each " + refusal));
   }
   return lines;
 }
@@ -116,6 +116,12 @@ void print(const Problem& p, const Device& device, const Explanation& e, const R
   if (filled)
     row("",
         fmt::format("head_dim {} filled up to {} with zeros", dims(p.head_dim, p.head_dim_v), dims(e.tiles.head_dim, e.tiles.head_dim_v)));
+  if (p.packed)
+    for (const std::string& part :
+         wrapped("lengths are data: sequences count with all of seqlen_q and seqlen_k, while tokens last", kColumns))
+      row("", part);
+  if (p.deterministic && p.pass == Pass::kBackward && device.type == DeviceType::kCuda)
+    row("", "deterministic: CTAs take turns, and no time below has their waiting");
   const auto glyph = glyphs();
   row("", fmt::format("{} full {}   {} masked {}   {} skipped {}", glyph[kFull], e.full_tiles, glyph[kMasked], e.masked_tiles,
                       glyph[kSkipped], e.skipped_tiles));
