@@ -19,7 +19,7 @@ PLACES = {
     "README.md": {"demo": "demo", "cpu": "compare_cpu", "gpu": "race"},
     "docs/io.md": {"traffic": "traffic", "io": "io"},
     "docs/kernels/forward_sm90.md": {"race": "race", "more": "race", "host": "host_cost"},
-    "docs/kernels/backward_sm90.md": {"backward": "backward"},
+    "docs/kernels/backward_sm90_measured.md": {"backward": "backward"},
 }
 GPU_SECTIONS = ("race", "io", "host_cost")
 
