@@ -14,7 +14,6 @@ namespace tilewise::cuda {
 struct Counts {
   int64_t q_tiles, k_tiles, k_blocks, tiles, key_tiles, all_tiles, all_key_tiles, works, units, shares, lag, claims, ring, ahead;
   int64_t plain, section, interleave, run;  // UnitOrder
-  int64_t together;                         // units whose works are mixed, at most
   int64_t rest_ctas;                        // that preprocess the units that are not `ahead`
   Counts(const Problem& p, const BackwardConfig& c, const Device& device) {
     q_tiles = c.tiles() * (p.packed ? p.total_q / c.block_m + p.batch : ceil_div<int64_t>(p.seqlen_q, c.block_m));
@@ -46,12 +45,11 @@ struct Counts {
     plain = at_end ? units - interleave : 0;
     run = std::max<int64_t>(k_blocks, 1);
     section = std::max<int64_t>(units, 1);
-    together = interleave;
     fall_in_runs(p, c);
     const int64_t after = p.deterministic ? margin : std::max(margin - (interleave - 1) * k_blocks, at_end ? 0 : sms);
-    lag = rounds ? std::min(together * k_blocks + after, works) : works;
+    lag = rounds ? std::min(together() * k_blocks + after, works) : works;
     claims = lag + units * shares;
-    ring = rounds ? std::min(units, 2 * together + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
+    ring = rounds ? std::min(units, 2 * together() + ceil_div<int64_t>(2 * after + sms, k_blocks)) : units;
     // An eighth of the SMs (measured), if each of their 32 warps has two tiles or more.
     rest_ctas = std::max(device.units / 8, 1);
     ahead = rounds ? first_units(sms) : units;
@@ -60,15 +58,17 @@ struct Counts {
   // Deterministic blocks fall, so under a causal mask a unit's longest ones come last, when there is little left to do beside them. So long
   // sequences fall in runs, and runs of longer blocks come first: 12 blocks, 6 where heads are grouped, whose blocks wait longer for one
   // another; a run of 16 units together (measured). Fewer than 32 blocks, of pairs 64, lose by it, and so do those of a sequence that has
-  // less than a work for each SM, since all can begin at once. The order of additions follows from it, so neither how many SMs there are
-  // may count nor what else is in the batch; of the section that is not true.
+  // less than a work for each SM, since all can begin at once. The order of additions follows from `run`, for which neither the SMs nor
+  // what else is in the batch may count. What a section is changes only who claims when.
   void fall_in_runs(const Problem& p, const BackwardConfig& c) {
     if (!p.deterministic || p.packed || p.window_left >= 0 || p.window_right < 0) return;
     if (k_blocks < 32 * c.ctas() || p.num_heads_kv * k_blocks < 128 / c.ctas()) return;
     run = p.num_heads_q == p.num_heads_kv ? 12 : 6;
-    together = section = std::min<int64_t>(16, units);
+    section = std::min<int64_t>(16, units);
     interleave = std::min(interleave, section);
   }
+  // Units whose works are mixed, at most.
+  int64_t together() const { return run < k_blocks ? section : interleave; }
   // Units that the first works are of, one for each SM; all, if that is not sure.
   int64_t first_units(int64_t sms) const {
     if (plain > 0) return ceil_div(sms, k_blocks) <= plain ? ceil_div(sms, k_blocks) : units;
@@ -88,8 +88,8 @@ struct Counts {
   // Nobody waits for who comes later: all works of a share's unit have smaller claims than the share, and all shares of the unit that had
   // the sums before have smaller claims than a work that adds to them. Else the kernel could wait for ever.
   bool waits_for_earlier_only() const {
-    return lag >= (shares == k_blocks ? together * k_blocks : works) &&
-           (ring == units || (shares == k_blocks && (ring - together) * k_blocks >= lag));
+    return lag >= (shares == k_blocks ? together() * k_blocks : works) &&
+           (ring == units || (shares == k_blocks && (ring - together()) * k_blocks >= lag));
   }
   UnitOrder order() const {
     return {static_cast<int>(plain), static_cast<int>(section), static_cast<int>(interleave), static_cast<int>(run)};

@@ -18,11 +18,6 @@ struct Backward : Cuda {
     t.run().check();
     return written(t, members);
   }
-  Trial trial(const std::string& line) {
-    Result<Trial> made = Trial::make(parse(line), device_, 3, Layout::kBshd);
-    made.status().check();
-    return std::move(*made);
-  }
   void repeat(const std::string& line, int times, std::initializer_list<TensorView Arguments::*> members) {
     Trial t = trial(line);
     const std::vector<char> first = gradients(t, members);
@@ -103,7 +98,7 @@ TEST_F(Backward, ExtremeLse) {
 // One row of k (row of_key) or of do is `bad`, in the first sequence: gradients that use it, and no others, are not finite.
 struct Spoilt : Backward {
   void verify_spoilt(const std::string& line, const char* order, bool of_key, int row, float bad) {
-    Trial forward = Cuda::trial(line), backward = trial("bwd " + line + order);
+    Trial forward = trial(line), backward = trial("bwd " + line + order);
     for (const Arguments* a : {&forward.host_arguments(), &backward.host_arguments()}) {
       if (of_key) set_row(a->k, 0, row, 0, bad);
       if (!of_key && a->do_.data) set_row(a->do_, 0, row, 1, bad);
