@@ -27,28 +27,23 @@ struct Share {
   __device__ __forceinline__ int column() const { return piece % kPieces * kColumns; }
   __device__ __forceinline__ int row() const { return tile * kBlockM + tile::lane_of(thread).row; }
   __device__ __forceinline__ bool more() const { return piece < share.tiles * kPieces; }
-  // False: nothing is there.
-  __device__ __forceinline__ bool find() {
-    const bool packed = params.cu_seqlens_q != nullptr;
-    int member = 0, index = share.begin + piece / kPieces;
-    for (; index >= params.q_tiles; index -= params.q_tiles) ++member;
-    long long first = share.first_tile;
-    tile = index;
+  // Leaves `sums` alone where nothing is there.
+  __device__ __forceinline__ void find() {
+    int member = 0;
+    for (tile = share.begin + piece / kPieces; tile >= params.q_tiles; tile -= params.q_tiles) ++member;
+    head = share.head + member;
+    spoilt_tile = head * params.tiles + share.first_tile + tile;
+    const long long place = share.first_sum + member * params.q_tiles + tile;
     batch = share.batch;
     sequence = share.sequence;
-    if (packed) {
-      const Place at = find_place(params.cu_seqlens_q, params.batch, C.block_m, index / C.tiles());
-      if (at.batch < 0) return false;
+    if (params.cu_seqlens_q) {
+      const Place at = find_place(params.cu_seqlens_q, params.batch, C.block_m, tile / C.tiles());
+      if (at.batch < 0) return;
       batch = at.batch;
-      tile = at.block * C.tiles() + index % C.tiles();
-      first = first_tile(params, whole_sequence(params, batch).q_row, batch);
+      tile = at.block * C.tiles() + tile % C.tiles();
       sequence = trimmed_sequence(params, batch).sequence;
     }
-    head = share.head + member;
-    spoilt_tile = head * params.tiles + first + tile;
-    const long long place = share.first_sum + member * params.q_tiles + (packed ? first : 0) + tile;
     sums = reinterpret_cast<float4*>(params.dq_sum + (place * C.sum_columns(params.deterministic) + column()) * kBlockM) + thread;
-    return true;
   }
   // 32 columns of sums, as the tensor cores hold them.
   static __device__ __forceinline__ void read(const float4* from, float (&to)[16]) {
@@ -74,7 +69,8 @@ struct Share {
   }
   __device__ __forceinline__ void load() {
     sums = nullptr;
-    if (!more() || !find()) return;
+    if (more()) find();
+    if (!sums) return;
 #pragma unroll
     for (int i = 0; i < kColumns / 32; ++i) read_sums(i, x[i]);
   }

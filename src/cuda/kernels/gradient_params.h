@@ -50,6 +50,11 @@ struct SpoiltKeys {
   SpoiltRows rows[2];
 };
 
+// Which packed sequence and which of its blocks; batch is -1 where there is none.
+struct Place {
+  int batch, block, blocks;
+};
+
 // How far a unit is: its half tiles that are preprocessed (of units that are not `ahead`), CTAs that have added a block of keys to its dq,
 // and CTAs that have written a share of dq.
 struct Progress {
@@ -136,6 +141,7 @@ struct BackwardParams {
   unsigned char* addends;      // [head][step][2][block_m] rows of 8 bfloat16, of which twice the sum of three is -lse / scale, and
                                // -delta; or null, where rows are used
   float* dsink_sum;            // [head][tile][2]
+  Place* places;               // [k_blocks], packed: the blocks of keys in the order of works
   long long zeros;             // 16 bytes each, from `turn` on: what begins with 0
   int* turn;                   // [head][tile][CTA of a pair]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt_keys;     // [key/value head][tile of keys]

@@ -6,32 +6,25 @@
 
 namespace tilewise {
 
-// Which sequence and which of its blocks of `block` rows. batch is -1 past the last.
-struct Place {
-  int batch, block, blocks;
-};
-
-// Finds number `index` of the blocks of all packed sequences. By one whole warp.
+// Finds number `index` of the places for blocks of packed sequences. Sequence b has those from cu_seqlens[b] / block + b on, as many as it
+// has blocks (first_tile(), first_key_tile()); others are nobody's. By one whole warp, which takes a 32nd of the sequences at a time.
 __device__ __forceinline__ Place find_place(const int* cu_seqlens, int batch, int block, int index) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  int begin = 0, step = batch, row = 0, next_row = 0;
 #pragma unroll 1
-  for (int begin = 0; begin < batch; begin += 32) {
-    const int b = begin + lane;
-    const int blocks = b < batch ? ceil_div(cu_seqlens[b + 1] - cu_seqlens[b], block) : 0;
-    int end = blocks;  // of this and all before it
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xffffffff, end, distance);
-      if (lane >= distance) end += other;
-    }
-    const unsigned found = __ballot_sync(0xffffffff, index < end);
-    if (found) {
-      const int owner = __ffs(static_cast<int>(found)) - 1;
-      return {begin + owner, index - __shfl_sync(0xffffffff, end - blocks, owner), __shfl_sync(0xffffffff, blocks, owner)};
-    }
-    index -= __shfl_sync(0xffffffff, end, 31);
-  }
-  return {-1, 0, 0};
+  do {
+    const int end = min_of(begin + step, batch);
+    step = ceil_div(step, 32);
+    const int b = min_of(begin + lane * step, batch);
+    const int here = cu_seqlens[b], there = cu_seqlens[min_of(b + step, batch)];
+    const unsigned before = __ballot_sync(0xffffffff, b < end && here / block + b <= index);  // the first lanes
+    const int owner = __popc(before) - 1;
+    begin += owner * step;
+    row = __shfl_sync(0xffffffff, here, owner);
+    next_row = __shfl_sync(0xffffffff, there, owner);
+  } while (step > 1);
+  const int number = index - (row / block + begin), blocks = ceil_div(next_row - row, block);
+  return number < blocks ? Place{begin, number, blocks} : Place{-1, 0, 0};
 }
 
 __device__ __forceinline__ Sequence whole_sequence(const BackwardParams& p, int batch) {
@@ -63,7 +56,7 @@ __device__ __forceinline__ void write_gradient(const BackwardParams& p, const fl
 // Tiles of dq that are written from their sums. Not packed, all are of one sequence.
 struct ShareWork {
   Sequence sequence;     // not packed: its rows that take part
-  long long first_tile;  // not packed: of the sequence
+  long long first_tile;  // of the sequence; packed: 0
   int batch, head;       // not packed; the first head of the unit
   int begin, tiles;      // tiles of the unit
   int first_sum;         // of the unit: tile of the ring of sums
@@ -120,8 +113,7 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
     const int unit = at.unit;
     Place place = {unit / heads, at.block, params.k_blocks};
     if (packed) {
-      place = find_place(params.cu_seqlens_k, params.batch, C.block_n(), at.block);
-      if (params.deterministic) place.block = place.blocks - 1 - place.block;
+      place = params.places[at.block];
       at.run_begin = 0;
       at.run_end = place.blocks;
     }
@@ -170,6 +162,7 @@ __device__ __forceinline__ void find_share(const BackwardParams& params, ShareWo
   share.again = unit + params.ring < params.units;
   const int heads = params.num_heads / params.group;
   share.head = (packed ? unit : unit % heads) * params.group;
+  share.first_tile = 0;
   if (packed) return;
   share.batch = unit / heads;
   share.first_tile = first_tile(params, 0, share.batch);

@@ -98,7 +98,10 @@ __device__ __forceinline__ void preprocess_rows(const BackwardParams& p, int ind
     for (int i = thread; i < fours; i += 32) sum[i] = make_float4(0, 0, 0, 0);
   }
   const RowTile at = find_tile(p, index / 2);
-  if (at.batch < 0) return;
+  if (at.batch < 0) {
+    if (p.dsink && thread == 0) p.dsink_sum[index] = 0;
+    return;
+  }
   const bool packed = p.cu_seqlens_q != nullptr;
   const Sequence whole = whole_sequence(p, at.batch);
   const int begin = at.tile * kBlockM + index % 2 * kWarpRows, left = whole.seqlen_q - begin;  // rows from here on
@@ -149,6 +152,21 @@ __device__ __forceinline__ void preprocess_rows(const BackwardParams& p, int ind
   if (thread == 0) p.dsink_sum[(tile + at.tile) * 2 + index % 2] = dsink;
 }
 
+// Packed: the blocks of sequence b among all, in the order of works: those with many queries come first, so that the very last works are
+// short. Behind all sequences, b is what no block has. By one warp.
+__device__ __forceinline__ void list_blocks(const BackwardParams& p, int b) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto queries = [&](int i) { return i < p.batch ? p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i] : -1; };
+  const auto blocks_of = [&](int i) { return ceil_div(p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i], p.block_n); };
+  int begin = 0;
+  for (int other = lane; other < p.batch; other += 32)
+    if (queries(other) > queries(b) || (queries(other) == queries(b) && other < b)) begin += blocks_of(other);
+  begin = __reduce_add_sync(0xffffffff, begin);
+  const int blocks = b < p.batch ? blocks_of(b) : p.k_blocks - begin;
+  for (int i = lane; i < blocks; i += 32)
+    p.places[begin + i] = b < p.batch ? Place{b, p.deterministic ? blocks - 1 - i : i, blocks} : Place{-1, 0, 0};
+}
+
 // The rows of the first units, the last ones first: what the next kernel begins with is then still in L2. Zeros in counters, and in rows of
 // dk and dv that take no part. Four CTAs on an SM have 64 registers for loads; in the next kernel, of 1,024 threads, there are 32.
 template <ptx::Element kElement, int kColumns>
@@ -161,6 +179,8 @@ __global__ void __launch_bounds__(kPreprocessThreads, 4) backward_preprocess(con
     reinterpret_cast<uint4*>(p.turn)[i] = make_uint4(0, 0, 0, 0);
   if (warp / 2 < (p.ahead < p.units ? p.ahead * p.group * p.q_tiles : p.num_heads * p.tiles))
     preprocess_rows<kElement, kColumns, 64>(p, warp);
+  if (p.cu_seqlens_k && p.works > 0)
+    for (int b = warp; b <= p.batch; b += static_cast<int>(gridDim.x) * kWarps) list_blocks(p, b);
   const bool all_keys = p.alike && p.part.sequence.seqlen_k == p.seqlen_k;
   if (all_keys || p.accumulate) return;
   for (long long i = warp; i < p.num_heads / p.group * p.key_tiles; i += static_cast<long long>(gridDim.x) * kWarps)
@@ -188,12 +208,10 @@ __global__ void __launch_bounds__(kRestThreads, 1) backward_preprocess_rest(cons
 // dsink of a head: its tiles' sums in a fixed order. By 128 threads.
 __device__ __forceinline__ void write_dsink(const BackwardParams& p, int head) {
   const int thread = static_cast<int>(threadIdx.x);
+  const float* sums = p.dsink_sum + head * p.tiles * 2;
   double sum = 0;
-  for (int b = 0; b < p.batch; ++b) {
-    const Sequence whole = whole_sequence(p, b);
-    const float* sums = p.dsink_sum + (head * p.tiles + first_tile(p, whole.q_row, b)) * 2;
-    for (int i = thread; i < ceil_div(whole.seqlen_q, kWarpRows); i += 128) sum += static_cast<double>(sums[i]);
-  }
+#pragma unroll 4
+  for (long long i = thread; i < p.tiles * 2; i += 128) sum += static_cast<double>(sums[i]);
   __shared__ double warps[4];
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffff, sum, distance);
