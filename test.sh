@@ -39,7 +39,7 @@ say "sanitizers: building"
 build build/asan --preset asan "${parts[@]}" -DTILEWISE_BUILD_EXAMPLES=OFF
 # Of the layouts one instruction set is enough here, and what measures the machine first takes seconds for each call.
 say "sanitizers: every test that is not slow and builds nothing of its own"
-run asan --label-exclude 'slow|builds' --exclude-regex 'InEveryLayout/(avx2|sse4)|Tool\.(AStdout|BenchSays|DevicesHave|Explain)'
+run asan --label-exclude 'slow|builds' --exclude-regex 'InEveryLayout/(avx2|sse4)|Tool\.(AStdout|Bench(Measures|Says|Takes)|DevicesHave|Explain)'
 
 # The Python package as a wheel, installed into a folder of the build; what it is tested with lies in a virtual environment.
 notes=()

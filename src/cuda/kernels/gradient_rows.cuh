@@ -69,20 +69,23 @@ struct PlainGradients {
     return {p, p * (dp - delta) * slope};
   }
 
-  __device__ void write(const Elements& to, long long row, int head, int column, int columns, float value) const {
-    if (column >= columns) return;
-    if (params.accumulate)
-      row_of<float>(to, packed, batch, row, head)[column] += value;
-    else
-      row_of(to, packed, batch, row, head)[column] = static_cast<uint16_t>(ptx::pack<kElement>(value, 0));
-  }
-
   // Sums of a row's columns, 32 of them in each run: a lane has one of each.
   static constexpr int kRuns = 8;
-  // Adds rows `first` to `last` of `from`, each times weight(row), which a lane finds for one of 32. False: every column is NaN already.
+  // Those of a lane's columns, as bits, that are not finite in the row as it was written: all others are right. Of rows that are added to,
+  // nothing was.
+  __device__ unsigned wrong_columns(const Elements& to, long long row, int head, int columns) const {
+    unsigned wrong = 0;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run)
+      if (const int column = 32 * run + lane; column < columns)
+        wrong |= (params.accumulate || !(fabsf(element(to, row, head, column)) < INFINITY) ? 1u : 0u) << run;
+    return wrong;
+  }
+  // Adds rows `first` to `last` of `from`, each times weight(row), which a lane finds for one of 32. False: all of the `wrong` columns are
+  // NaN already.
   template <class Weight>
   __device__ bool add_rows(float (&sum)[kRuns], int first, int last, const Elements& from, long long from_row, int head, int columns,
-                           const Weight& weight) const {
+                           unsigned wrong, const Weight& weight) const {
 #pragma unroll 1
     for (int row = first; row < last; row += 32) {
       const int count = min_of(last - row, 32);
@@ -97,10 +100,23 @@ struct PlainGradients {
       }
       bool open = false;
 #pragma unroll
-      for (int run = 0; run < kRuns; ++run) open |= 32 * run + lane < columns && sum[run] == sum[run];
+      for (int run = 0; run < kRuns; ++run) open |= (wrong >> run & 1) && sum[run] == sum[run];
       if (!__any_sync(0xffffffff, open)) return false;
     }
     return true;
+  }
+
+  // Writes the `wrong` columns of a row.
+  __device__ void write_row(const Elements& to, long long row, int head, unsigned wrong, const float (&sum)[kRuns], float factor) const {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      if (!(wrong >> run & 1)) continue;
+      const int column = 32 * run + lane;
+      if (params.accumulate)
+        row_of<float>(to, packed, batch, row, head)[column] += sum[run] * factor;
+      else
+        row_of(to, packed, batch, row, head)[column] = static_cast<uint16_t>(ptx::pack<kElement>(sum[run] * factor, 0));
+    }
   }
 
   // A row of dq that is not finite in these runs of 32 columns, as bits.
@@ -114,11 +130,11 @@ struct PlainGradients {
     if (!params.accumulate && !taints(params.k, k_row, keys_begin, first, kv_head, params.head_dim) &&
         !taints(params.k, k_row, last, keys_end, kv_head, params.head_dim))
       return;
+    const long long row = part.sequence.q_row + query;
+    const unsigned wrong = runs & wrong_columns(params.dq, row, head, params.head_dim);
     float sum[kRuns] = {};
-    add_rows(sum, first, last, params.k, k_row, kv_head, params.head_dim, [&](int key) { return pair(head, query, key).ds; });
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run)
-      if (runs >> run & 1) write(params.dq, part.sequence.q_row + query, head, 32 * run + lane, params.head_dim, sum[run] * params.scale);
+    add_rows(sum, first, last, params.k, k_row, kv_head, params.head_dim, wrong, [&](int key) { return pair(head, query, key).ds; });
+    write_row(params.dq, row, head, wrong, sum, params.scale);
   }
   // A row of dk (which 0) or of dv (1) that is not finite.
   __device__ void repair_key(int which, int kv_head, int key) const {
@@ -134,18 +150,18 @@ struct PlainGradients {
       tainted = taints(from, part.sequence.q_row, queries_begin, first, head, head_dim) ||
                 taints(from, part.sequence.q_row, last, queries_end, head, head_dim);
     if (!tainted) return;
+    const Elements& to = dk ? params.dk : params.dv;
+    const long long row = part.sequence.k_row + key;
+    const unsigned wrong = wrong_columns(to, row, kv_head, head_dim);
     float sum[kRuns] = {};
     bool open = true;
 #pragma unroll 1
     for (int head = kv_head * params.group; open && head < (kv_head + 1) * params.group; ++head)
-      open = add_rows(sum, first, last, from, part.sequence.q_row, head, head_dim, [&](int query) {
+      open = add_rows(sum, first, last, from, part.sequence.q_row, head, head_dim, wrong, [&](int query) {
         const Pair x = pair(head, query, key);
         return dk ? x.ds : x.p;
       });
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run)
-      write(dk ? params.dk : params.dv, part.sequence.k_row + key, kv_head, 32 * run + lane, head_dim,
-            dk ? sum[run] * params.scale : sum[run]);
+    write_row(to, row, kv_head, wrong, sum, dk ? params.scale : 1);
   }
 };
 
