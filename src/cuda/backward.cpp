@@ -35,7 +35,8 @@ std::string name_of(const BackwardConfig& c) {
 }
 
 struct Workspace {
-  size_t rows, addends, dsink_sum, places, turn, spoilt, spoilt_keys, progress, counters, bytes;  // dq_sum comes first; zeros begin at turn
+  size_t rows, addends, dsink_sum, block_order, turn, spoilt, spoilt_keys, progress, counters,
+      bytes;  // dq_sum comes first; zeros begin at turn
   Workspace(const Problem& p, const BackwardConfig& c, const Device& device) {
     const Counts counts(p, c, device);
     const auto count = static_cast<size_t>(counts.all_tiles), head_dim = static_cast<size_t>(c.head_dim);
@@ -44,8 +45,8 @@ struct Workspace {
                    static_cast<size_t>(c.sum_columns(p.deterministic)) * sizeof(float));
     addends = rows + aligned(c.addends ? 0 : count * kRowFloats * sizeof(float));
     dsink_sum = addends + aligned(c.addends ? count * kAddendBytes : 0);
-    places = dsink_sum + aligned(2 * count * sizeof(float));
-    turn = places + aligned(p.packed ? static_cast<size_t>(counts.k_blocks) * sizeof(Place) : 0);
+    block_order = dsink_sum + aligned(2 * count * sizeof(float));
+    turn = block_order + aligned(p.packed ? static_cast<size_t>(counts.k_blocks) * sizeof(Place) : 0);
     spoilt = turn + aligned(count * static_cast<size_t>(c.ctas()) * sizeof(int));
     spoilt_keys = spoilt + aligned(count * (head_dim / 32) * sizeof(SpoiltRows));
     progress = spoilt_keys + aligned(static_cast<size_t>(counts.all_key_tiles) * sizeof(SpoiltKeys));
@@ -186,7 +187,7 @@ Status launch(int index, const Problem& p, const Device& device, const Arguments
   r.rows = reinterpret_cast<float*>(workspace + at.rows);
   r.addends = c.addends ? reinterpret_cast<unsigned char*>(workspace + at.addends) : nullptr;
   r.dsink_sum = reinterpret_cast<float*>(workspace + at.dsink_sum);
-  r.places = reinterpret_cast<Place*>(workspace + at.places);
+  r.block_order = reinterpret_cast<Place*>(workspace + at.block_order);
   r.turn = reinterpret_cast<int*>(workspace + at.turn);
   r.zeros = static_cast<long long>((at.bytes - at.turn) / 16);
   r.spoilt = reinterpret_cast<SpoiltRows*>(workspace + at.spoilt);

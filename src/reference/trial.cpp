@@ -155,11 +155,12 @@ void Trial::State::draw_sequences() {
   const Problem& p = problem();
   Random random{hash(seed ^ 0x5e9)};
   if (p.packed) {
-    // Rows at both ends that belong to no sequence, for one seed of five.
+    // Rows at both ends that belong to no sequence, for one seed of five; for one of ten whole tiles of them.
     const auto draw_gaps = [&](int64_t total, int64_t* first) {
       if (seed % 5 != 1) return total;
-      *first = random.integer(0, std::min<int64_t>(total, 7));
-      return total - *first - random.integer(0, std::min<int64_t>(total - *first, 7));
+      const int64_t most = seed % 10 == 1 ? total / 4 : 7;
+      *first = random.integer(0, std::min(total, most));
+      return total - *first - random.integer(0, std::min(total - *first, most));
     };
     lengths_q = draw_lengths(&random, p.batch, p.seqlen_q, draw_gaps(p.total_q, &first_q));
     lengths_k = draw_lengths(&random, p.batch, p.seqlen_k, draw_gaps(p.total_k, &first_k));

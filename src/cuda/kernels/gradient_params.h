@@ -141,7 +141,7 @@ struct BackwardParams {
   unsigned char* addends;      // [head][step][2][block_m] rows of 8 bfloat16, of which twice the sum of three is -lse / scale, and
                                // -delta; or null, where rows are used
   float* dsink_sum;            // [head][tile][2]
-  Place* places;               // [k_blocks], packed: the blocks of keys in the order of works
+  Place* block_order;          // [k_blocks], packed: the blocks of keys in the order of works, which the first preprocess kernel makes
   long long zeros;             // 16 bytes each, from `turn` on: what begins with 0
   int* turn;                   // [head][tile][CTA of a pair]: how many blocks of keys have added to dq, where their order matters
   SpoiltKeys* spoilt_keys;     // [key/value head][tile of keys]

@@ -18,6 +18,7 @@ __device__ __forceinline__ Place find_place(const int* cu_seqlens, int batch, in
     const int b = min_of(begin + lane * step, batch);
     const int here = cu_seqlens[b], there = cu_seqlens[min_of(b + step, batch)];
     const unsigned before = __ballot_sync(0xffffffff, b < end && here / block + b <= index);  // the first lanes
+    if (before == 0) return {-1, 0, 0};                                                       // in front of the first sequence
     const int owner = __popc(before) - 1;
     begin += owner * step;
     row = __shfl_sync(0xffffffff, here, owner);
@@ -113,7 +114,7 @@ __device__ __forceinline__ bool find_work(const BackwardParams& params, Backward
     const int unit = at.unit;
     Place place = {unit / heads, at.block, params.k_blocks};
     if (packed) {
-      place = params.places[at.block];
+      place = params.block_order[at.block];
       at.run_begin = 0;
       at.run_end = place.blocks;
     }

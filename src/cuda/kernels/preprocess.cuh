@@ -1,5 +1,5 @@
 // Around the backward kernel. Before it: delta and lse of every row, zeros in dq's sums, in the counters and in rows of gradients that take
-// no part. After it: dsink, and rows of dq, dk and dv that are not finite and should be.
+// no part, and the order of packed sequences' blocks. After it: dsink, and rows of dq, dk and dv that are not finite and should be.
 #pragma once
 
 #include "cuda/kernels/gradient_rows.cuh"
@@ -99,7 +99,7 @@ __device__ __forceinline__ void preprocess_rows(const BackwardParams& p, int ind
   }
   const RowTile at = find_tile(p, index / 2);
   if (at.batch < 0) {
-    if (p.dsink && thread == 0) p.dsink_sum[index] = 0;
+    if (p.dsink && thread == 0) p.dsink_sum[index] = 0;  // packed: the workspace's tile is index / 2
     return;
   }
   const bool packed = p.cu_seqlens_q != nullptr;
@@ -152,8 +152,9 @@ __device__ __forceinline__ void preprocess_rows(const BackwardParams& p, int ind
   if (thread == 0) p.dsink_sum[(tile + at.tile) * 2 + index % 2] = dsink;
 }
 
-// Packed: the blocks of sequence b among all, in the order of works: those with many queries come first, so that the very last works are
-// short. Behind all sequences, b is what no block has. By one warp.
+// Packed: where the blocks of sequence b come in the order of works. Sequences with many queries come first, so that the very last works
+// are short. b == batch: the entries that are left, which are nobody's. By one warp, which looks at all sequences: with 10,000 of them some
+// tens of microseconds in all, by estimate.
 __device__ __forceinline__ void list_blocks(const BackwardParams& p, int b) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto queries = [&](int i) { return i < p.batch ? p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i] : -1; };
@@ -164,7 +165,7 @@ __device__ __forceinline__ void list_blocks(const BackwardParams& p, int b) {
   begin = __reduce_add_sync(0xffffffff, begin);
   const int blocks = b < p.batch ? blocks_of(b) : p.k_blocks - begin;
   for (int i = lane; i < blocks; i += 32)
-    p.places[begin + i] = b < p.batch ? Place{b, p.deterministic ? blocks - 1 - i : i, blocks} : Place{-1, 0, 0};
+    p.block_order[begin + i] = b < p.batch ? Place{b, p.deterministic ? blocks - 1 - i : i, blocks} : Place{-1, 0, 0};
 }
 
 // The rows of the first units, the last ones first: what the next kernel begins with is then still in L2. Zeros in counters, and in rows of
@@ -177,14 +178,14 @@ __global__ void __launch_bounds__(kPreprocessThreads, 4) backward_preprocess(con
   const long long threads = static_cast<long long>(gridDim.x) * kPreprocessThreads;
   for (long long i = static_cast<long long>(index) * kPreprocessThreads + threadIdx.x; i < p.zeros; i += threads)
     reinterpret_cast<uint4*>(p.turn)[i] = make_uint4(0, 0, 0, 0);
+  const int warps = static_cast<int>(gridDim.x) * kWarps;
+  if (p.cu_seqlens_k && p.works > 0)
+    for (int b = warps - 1 - warp; b <= p.batch; b += warps) list_blocks(p, b);  // by who begins first
   if (warp / 2 < (p.ahead < p.units ? p.ahead * p.group * p.q_tiles : p.num_heads * p.tiles))
     preprocess_rows<kElement, kColumns, 64>(p, warp);
-  if (p.cu_seqlens_k && p.works > 0)
-    for (int b = warp; b <= p.batch; b += static_cast<int>(gridDim.x) * kWarps) list_blocks(p, b);
   const bool all_keys = p.alike && p.part.sequence.seqlen_k == p.seqlen_k;
   if (all_keys || p.accumulate) return;
-  for (long long i = warp; i < p.num_heads / p.group * p.key_tiles; i += static_cast<long long>(gridDim.x) * kWarps)
-    clear_keys(p, static_cast<int>(i));
+  for (long long i = warp; i < p.num_heads / p.group * p.key_tiles; i += warps) clear_keys(p, static_cast<int>(i));
 }
 
 // The rows of all other units, by CTAs that have an SM each, while the other SMs begin with the works of the first ones: those wait for
