@@ -35,7 +35,7 @@ python3 "$root"/bench/report.py --summary "$out"-backward.json
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
     # Where a CTA has many work items, racecheck and synccheck report the forward kernel: docs/kernels/backward_sm90.md, "Checks".
-    case $tool in memcheck | initcheck) more=':Backward.Smoke*' ;; *) more= ;; esac
+    case $tool in memcheck | initcheck) more=':Backward.Smoke*:Backward.ManyPacked*' ;; *) more= ;; esac
     compute-sanitizer --tool $tool --error-exitcode 3 "$build"/test_cuda --gtest_brief=1 --gtest_filter="Problems.*SmokeProblems$more"
   done
 fi

@@ -184,9 +184,9 @@ TEST_F(Backward, EmptyTensorsNeedNotBeGiven) {
 
 // More sequences than a warp has lanes, and than it squared has; many of them empty. Without and with rows that belong to none.
 TEST_F(Backward, ManyPackedSequences) {
-  for (const char* line : {"bwd b40 q300 k300 h3 d128 bf16 packed tq2000 tk2100",
-                           "bwd b1500 q9 k9 h3/1 d64 bf16 packed tq3000 tk3300 sink causal",
-                           "bwd b1100 q40 k20 h2 d256 bf16 packed tq5000 tk3000 seqused"})
+  for (const char* line :
+       {"bwd b40 q300 k300 h3 d128 bf16 packed tq2000 tk2100", "bwd b1500 q9 k9 h3/1 d64 bf16 packed tq3000 tk3300 sink causal",
+        "bwd b1100 q40 k20 h2 d256 bf16 packed tq5000 tk3000 seqused"})
     for (const char* order : {"", " deterministic"})
       for (const uint64_t seed : {9, 11}) EXPECT_TRUE(verify(parse(std::string(line) + order), seed, Layout::kBshd));
 }
