@@ -35,8 +35,8 @@ std::string name_of(const BackwardConfig& c) {
 }
 
 struct Workspace {
-  size_t rows, addends, dsink_sum, block_order, turn, spoilt, spoilt_keys, progress, counters,
-      bytes;  // dq_sum comes first; zeros begin at turn
+  size_t rows, addends, dsink_sum, block_order;                 // dq_sum comes first
+  size_t turn, spoilt, spoilt_keys, progress, counters, bytes;  // begin with 0, from turn on
   Workspace(const Problem& p, const BackwardConfig& c, const Device& device) {
     const Counts counts(p, c, device);
     const auto count = static_cast<size_t>(counts.all_tiles), head_dim = static_cast<size_t>(c.head_dim);
